@@ -1,0 +1,106 @@
+"""Read batches from whatever people have: loaders, iterables, tensors and arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+# What a model is called with: model(batch), or model(**batch) for a dict.
+Batch: TypeAlias = Tensor | dict[str, Any]
+
+
+def check_data(data: Any) -> None:
+    """Refuse what cannot be a source of batches.
+
+    Raises
+    ------
+    TypeError
+        If ``data`` is not iterable, is a single dict or a string, or is a dataset of examples.
+    """
+    if isinstance(data, (Tensor, np.ndarray)):
+        return
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            f"data is a dataset ({type(data).__name__}), which yields examples, not batches; pass "
+            "torch.utils.data.DataLoader(data, batch_size=...)."
+        )
+    if isinstance(data, Mapping):
+        raise TypeError("data is one dict; pass a list of batches, [batch].")
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        raise TypeError(
+            "data must be a DataLoader, an iterable of batches, a tensor or an array, got "
+            f"{type(data).__name__}."
+        )
+
+
+def count_batches(data: Any, batch_size: int) -> int | None:
+    """How many batches there will be, or None where nobody knows."""
+    if isinstance(data, (Tensor, np.ndarray)):
+        return -(-data.shape[0] // batch_size) if data.ndim else None
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def iterate_batches(data: Any, model: nn.Module, batch_size: int) -> Iterator[Batch]:
+    """Yield each batch on the model's device, floating tensors in the model's dtype.
+
+    Labels are dropped: everything but the first item of a tuple or list, and "labels" in a dict.
+
+    Raises
+    ------
+    ValueError
+        If a single tensor or array has no axis of examples.
+    TypeError
+        If a batch is something else than a tensor, an array, a tuple, a list or a dict.
+    """
+    if isinstance(data, (Tensor, np.ndarray)):
+        if data.ndim == 0:
+            raise ValueError("data must have an axis of examples, got a single number.")
+        batches: Iterable[Any] = (
+            data[i : i + batch_size] for i in range(0, data.shape[0], batch_size)
+        )
+    else:
+        batches = data
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else None
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+    for number, batch in enumerate(batches):
+        yield to_batch(batch, device, dtype, number)
+
+
+def to_batch(
+    batch: Any, device: torch.device | None, dtype: torch.dtype | None, number: int = 0
+) -> Batch:
+    """Turn one batch, in any of the accepted forms, into what the model is called with."""
+    if isinstance(batch, Mapping):
+        return {
+            key: _place(value, device, dtype) if isinstance(value, (Tensor, np.ndarray)) else value
+            for key, value in batch.items()
+            if key != "labels"
+        }
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ValueError(f"batch {number} is an empty {type(batch).__name__}.")
+        batch = batch[0]
+    if not isinstance(batch, (Tensor, np.ndarray)):
+        raise TypeError(
+            f"batch {number} must be a tensor, an array, a tuple or list that starts with one, or "
+            f"a dict, got {type(batch).__name__}."
+        )
+    return _place(batch, device, dtype)
+
+
+def _place(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    if isinstance(value, np.ndarray):
+        # Copying also serves arrays that are read-only or have negative strides.
+        value = torch.from_numpy(np.array(value, order="C"))
+    if value.is_floating_point():
+        return value.to(device=device, dtype=dtype)
+    return value.to(device=device)

@@ -1,0 +1,71 @@
+"""Convex two-layer networks: estimators, distillation and a command line.
+
+Names are imported when they are first used (PEP 562), so that ``import cvxdistill`` is quick and
+the estimators work where torch is not installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cvxdistill.adapters import load_student, swap_block
+    from cvxdistill.distillation import Distillation, distill
+    from cvxdistill.estimators import ConvexNNClassifier, ConvexNNRegressor
+    from cvxdistill.inspection import inspect
+
+    __version__: str
+
+__all__ = [
+    "ConvexNNClassifier",
+    "ConvexNNRegressor",
+    "Distillation",
+    "distill",
+    "inspect",
+    "load_student",
+    "swap_block",
+]
+
+_ESTIMATORS = ("ConvexNNClassifier", "ConvexNNRegressor")
+_TORCH_DOORS = {
+    "Distillation": "cvxdistill.distillation",
+    "distill": "cvxdistill.distillation",
+    "inspect": "cvxdistill.inspection",
+    "load_student": "cvxdistill.adapters",
+    "swap_block": "cvxdistill.adapters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ESTIMATORS:
+        value = getattr(import_module("cvxdistill.estimators"), name)
+    elif name in _TORCH_DOORS:
+        _check_torch(name)
+        value = getattr(import_module(_TORCH_DOORS[name]), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("cvxdistill")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _check_torch(name: str) -> None:
+    """Say which extra is missing, rather than which module of it."""
+    try:
+        import_module("cvxdistill.adapters")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("torch", "safetensors", "PIL"):
+            raise
+        raise ImportError(
+            f"cvxdistill.{name} needs {missing}, which is not installed: "
+            'pip install "cvxdistill[torch]"'
+        ) from error

@@ -1,0 +1,374 @@
+"""``distill``: replace one block of a trained network by a small convex student, without labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cvxdistill.candidates import Candidate, FitData, gated_candidates, linear_candidates
+from cvxdistill.report import Report
+from cvxdistill.solvers import RowSubset, sample_gates
+from cvxdistill.solvers.penalties import find_regularizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cvxdistill.adapters import Capture, ConvLayout, DenseLayout, GatedStudent
+
+STUDENTS = ("auto", "linear", "gated")
+# "auto" takes the smallest student whose held-out error is within this share of the best.
+AUTO_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What ``distill`` returns.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model with the student in the block's place.
+    student : GatedStudent
+    report : Report
+        Printable; ``report.to_frame()`` is the table of candidates.
+    candidates : tuple of Candidate
+        Every student that was considered, the linear ones first, by size.
+    """
+
+    model: nn.Module = field(repr=False)
+    student: GatedStudent
+    report: Report = field(repr=False)
+    candidates: tuple[Candidate, ...] = field(repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the student as safetensors with a JSON header; ``load_student`` reads it.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written. An existing file is replaced only when all is written.
+        """
+        from cvxdistill.adapters import save_student
+
+        save_student(self.student, path)
+
+
+def distill(
+    model: nn.Module,
+    block: str,
+    data: Any,
+    *,
+    student: str = "auto",
+    gates: Any = "auto",
+    n_gates: int = 32,
+    n_neurons: int | None = None,
+    alpha: float | None = None,
+    penalty: str = "gate",
+    l1_ratio: float = 1.0,
+    refit: bool = True,
+    kernel_size: int | tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] | None = None,
+    max_rows: int | None = 20_000,
+    max_examples: int | None = None,
+    validation_fraction: float = 0.1,
+    batch_size: int = 256,
+    memory_limit: int = 2 * 2**30,
+    tol: float = 1e-2,
+    max_iter: int = 1000,
+    time_limit: float | None = None,
+    inplace: bool = False,
+    random_state: int | np.random.Generator | None = 0,
+    verbose: int = 1,
+) -> Distillation:
+    """Distil a block of a trained network into a small convex student, without labels.
+
+    The block's inputs and outputs are recorded over ``data``. A linear student (always) and gated
+    students (unless ``student="linear"``) are fitted to them by convex optimisation,
+
+        minimise over V, b   1/(2n) ||sum_j diag(D[:, j]) X V[j] + 1 b^T - Y||_F^2
+                             + alpha * sum_j R(V[j]),
+
+    with one row of X for each example, token or image patch. The solution's leading hidden units
+    are kept, the second layer is refitted by least squares, and the best student by held-out
+    activation error takes the block's place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is unless ``inplace``.
+    block : str
+        Dotted name of the block, which maps one tensor to one tensor.
+    data : DataLoader, iterable of batches, tensor or array
+        Inputs of the model; labels beside them are ignored.
+    student : {"auto", "linear", "gated"}, default="auto"
+        "auto" takes the smallest student whose held-out error is within 2 % (relative) of the
+        best one's.
+    gates : {"auto", "teacher", "gaussian"} or array of shape (d, p), default="auto"
+        Where gates come from: the block's own first layer (bias and batch norm folded in),
+        standard normal ones, or these, with a last row of biases. "auto" takes the teacher's
+        where the block has them. An always-on gate is added.
+    n_gates : int, default=32
+        Gates to sample, or to draw from the teacher's.
+    n_neurons : int, optional
+        Hidden units of the student. By default powers of two are tried.
+    alpha : float, optional
+        Regularisation strength. By default chosen along a path by held-out activation error.
+    penalty : {"gate", "neuron", "ridge"}, default="gate"
+        Of the gated student; the linear one has a ridge.
+    l1_ratio : float, default=1.0
+        Blend of the penalty with a ridge.
+    refit : bool, default=True
+        Refit the second layer by least squares after units were dropped. Without, and with units
+        enough, the student's output is the convex programme's prediction (of the leading 32
+        principal components of the block's outputs, if it has more).
+    kernel_size, stride, padding : int or pair, optional
+        Of a convolutional student; by default inferred from the block's shapes.
+    max_rows : int or None, default=20_000
+        Sample this many rows (examples, tokens or patches) for the fit; None uses all.
+    max_examples : int, optional
+        Record at most this many examples.
+    validation_fraction : float, default=0.1
+        Share of the examples that is held out.
+    batch_size : int, default=256
+        For ``data`` that is one tensor or array.
+    memory_limit : int, default=2 GiB
+        Bytes of recorded activations, and of rows to fit, beyond which they are not held in
+        memory.
+    tol : float, default=1e-2
+        Relative duality gap of the gated programme.
+    max_iter : int, default=1000
+        Iterations for each alpha.
+    time_limit : float, optional
+        Seconds for each alpha.
+    inplace : bool, default=False
+        Put the student into ``model`` itself instead of into a copy.
+    random_state : int, Generator or None, default=0
+        Of gates, held-out examples and sampled rows.
+    verbose : int, default=1
+        0 is silent.
+
+    Returns
+    -------
+    Distillation
+
+    Raises
+    ------
+    ValueError, TypeError
+        Before any work if an argument is not valid, with what was expected; after the recording
+        if no student fits the block's shapes or none is smaller than the block. The model is then
+        as it was.
+
+    References
+    ----------
+    Varshney and Pilanci 2024, sections 4.1 (activation matching, equations 6 and 8) and 4.3
+    (freezing the first layer and refitting the second).
+    """
+    from cvxdistill.adapters import (
+        capture,
+        check_swappable,
+        get_block,
+        infer_layout,
+        swap_block,
+    )
+
+    target = check_swappable(model, block)
+    _check_arguments(locals())
+    rng = np.random.default_rng(random_state)
+    seconds: dict[str, float] = {}
+    block_parameters = sum(p.numel() for p in target.parameters())
+
+    with _timed(seconds, "capture"):
+        captured = capture(
+            model,
+            block,
+            data,
+            batch_size=batch_size,
+            max_examples=max_examples,
+            memory_limit=memory_limit,
+            verbose=verbose,
+        )
+    with captured:
+        layout = infer_layout(
+            captured.inputs.shape[1:],
+            captured.outputs.shape[1:],
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+        )
+        fit = _fit_data(captured, layout, max_rows, validation_fraction, memory_limit, rng)
+        most_parameters = _most_parameters(layout, n_neurons, block_parameters)
+        with _timed(seconds, "linear"):
+            candidates = linear_candidates(
+                fit,
+                alpha=alpha,
+                n_neurons=n_neurons,
+                most_parameters=most_parameters,
+                refit=refit,
+                tol=tol,
+            )
+        gate_source = "none"
+        if student != "linear":
+            with _timed(seconds, "gated"):
+                G, gate_source = _gates(gates, n_gates, target, captured, layout, rng)
+                candidates += gated_candidates(
+                    fit,
+                    G,
+                    alpha=alpha,
+                    n_neurons=n_neurons,
+                    penalty=penalty,
+                    l1_ratio=l1_ratio,
+                    most_parameters=most_parameters,
+                    refit=refit,
+                    tol=tol,
+                    max_iter=max_iter,
+                    time_limit=time_limit,
+                    verbose=verbose,
+                )
+        chosen = _choose(candidates, student, block_parameters)
+        report = Report(
+            block=block,
+            block_parameters=block_parameters,
+            model_parameters=sum(p.numel() for p in model.parameters()),
+            layout=layout,
+            gate_source=gate_source,
+            examples=len(captured),
+            held_out=len(fit.held_out),
+            rows=fit.X.shape[0],
+            available_rows=(len(captured) - len(fit.held_out)) * layout.n_positions,
+            seconds=seconds,
+            candidates=tuple(candidates),
+            chosen=chosen,
+        )
+    swapped = swap_block(model, block, chosen.student, inplace=inplace)
+    return Distillation(swapped, get_block(swapped, block), report, tuple(candidates))  # type: ignore[arg-type]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse what can be refused before the model is run."""
+    student, gates = arguments["student"], arguments["gates"]
+    if student not in STUDENTS:
+        raise ValueError(f"student must be one of {STUDENTS}, got {student!r}.")
+    if isinstance(gates, str) and gates not in ("auto", "teacher", "gaussian"):
+        raise ValueError(f"gates must be 'auto', 'teacher', 'gaussian' or an array, got {gates!r}.")
+    for name in ("n_gates", "n_neurons", "max_rows", "max_iter"):
+        value = arguments[name]
+        if value is None and name in ("n_neurons", "max_rows"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    fraction = arguments["validation_fraction"]
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction must lie in (0, 1), got {fraction!r}.")
+    alpha = arguments["alpha"]
+    if alpha is not None and not (0 < alpha < np.inf):
+        raise ValueError(f"alpha must be positive and finite, or None, got {alpha!r}.")
+    if not 0 < arguments["tol"] < np.inf:
+        raise ValueError(f"tol must be positive and finite, got {arguments['tol']!r}.")
+    find_regularizer(arguments["penalty"], arguments["l1_ratio"])
+
+
+def _fit_data(
+    captured: Capture,
+    layout: ConvLayout | DenseLayout,
+    max_rows: int | None,
+    validation_fraction: float,
+    memory_limit: int,
+    rng: np.random.Generator,
+) -> FitData:
+    """Hold examples out, sample rows of the others, and gather them if they fit in memory."""
+    count = len(captured)
+    if count < 2:
+        raise ValueError(f"data must hold at least 2 examples, to hold one out; got {count}.")
+    order = rng.permutation(count)
+    held_out = np.sort(order[: max(1, round(count * validation_fraction))])
+    fitted = np.sort(order[len(held_out) :])
+    indices = (fitted[:, None] * layout.n_positions + np.arange(layout.n_positions)).ravel()
+    if max_rows is not None and len(indices) > max_rows:
+        indices = np.sort(rng.choice(indices, max_rows, replace=False))
+    X: Any = RowSubset(layout.rows(captured.inputs), indices)
+    if X.shape[0] * X.shape[1] * X.dtype.itemsize <= memory_limit:
+        X = X[:]
+    Y = np.ascontiguousarray(layout.targets(captured.outputs, indices))
+    return FitData(layout, X, Y, captured.inputs, captured.outputs, held_out)
+
+
+def _gates(
+    gates: Any,
+    n_gates: int,
+    block: nn.Module,
+    captured: Capture,
+    layout: ConvLayout | DenseLayout,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, str]:
+    """Gates G (d, p) with an always-on gate first, and where they come from."""
+    from cvxdistill.adapters import teacher_gates
+
+    d = layout.n_features
+    source = gates if isinstance(gates, str) else "given"
+    G: np.ndarray | None = None
+    if source == "given":
+        G = np.asarray(gates, dtype=np.float32)
+        if G.ndim != 2 or G.shape[0] not in (d - 1, d) or not np.isfinite(G).all():
+            raise ValueError(
+                f"gates must be finite and of shape ({d - 1}, p), or ({d}, p) with a last row of "
+                f"biases, got shape {G.shape}."
+            )
+        if len(G) == d - 1:
+            G = np.vstack([G, np.zeros((1, G.shape[1]), np.float32)])
+    elif source in ("auto", "teacher"):
+        try:
+            G = teacher_gates(block, captured.inputs[:16], layout)
+        except ValueError:
+            if source == "teacher":
+                raise
+        else:
+            source = "teacher"
+            G = G[:, np.sort(rng.permutation(G.shape[1])[:n_gates])]
+    if G is None:
+        source = "gaussian"
+        G = sample_gates(d, n_gates, random_state=rng, dtype=np.float32)
+    always = np.zeros((d, 1), np.float32)
+    return np.hstack([always, G.astype(np.float32)]), source
+
+
+def _most_parameters(
+    layout: ConvLayout | DenseLayout, n_neurons: int | None, block_parameters: int
+) -> int:
+    """The largest student worth fitting; no limit where the user said a size."""
+    if n_neurons is not None:
+        return int(np.iinfo(np.int64).max)
+    smallest = layout.n_features - 1 + 2 * layout.n_outputs
+    if smallest >= block_parameters:
+        raise ValueError(
+            f"No student is smaller than the block, which has {block_parameters:,} parameters: "
+            f"one linear hidden unit takes {smallest:,}. Choose a larger block, a smaller "
+            "kernel_size, or n_neurons yourself."
+        )
+    return block_parameters - 1
+
+
+def _choose(candidates: Sequence[Candidate], kind: str, block_parameters: int) -> Candidate:
+    """The smallest student of this kind whose error is within 2 % of the best."""
+    eligible = [c for c in candidates if kind in ("auto", c.kind)]
+    if not eligible:
+        raise ValueError(
+            f"No {kind} student is smaller than the block, which has {block_parameters:,} "
+            "parameters; ask for fewer n_neurons or n_gates."
+        )
+    best = min(candidate.error for candidate in eligible)
+    good = [c for c in eligible if c.error <= (1 + AUTO_TOLERANCE) * best]
+    return min(good, key=lambda candidate: candidate.parameters)

@@ -1,0 +1,111 @@
+"""The ridge penalty solved directly, by Newton steps with the exact Hessian.
+
+With R = 1/2 ||.||_F^2 the programme is ridge regression on the p d gated features. This is also
+the plain linear student: one gate that is always on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+from cvxdistill.solvers.gated_operator import GatedOperator, empty_weights
+from cvxdistill.solvers.losses import SquaredLoss
+from cvxdistill.solvers.problem import GatedReLUProblem, residual_and_adjoint
+from cvxdistill.solvers.rows import row_blocks
+from cvxdistill.solvers.solver import Solver, State
+
+# The Hessian of this many gated features takes 0.5 GB.
+MOST_FEATURES = 8192
+
+
+def gram_matrix(operator: GatedOperator, *, center: bool = False) -> np.ndarray:
+    """A^T A / n in float64, of shape (p d, p d), from row blocks of A = [D_1 X, ..., D_p X].
+
+    Parameters
+    ----------
+    operator : GatedOperator
+    center : bool, default=False
+        Subtract the column means of A: what is left when an intercept is minimised over.
+
+    Returns
+    -------
+    ndarray of shape (p d, p d)
+        Feature i of gate j is row j d + i.
+    """
+    size = operator.p * operator.d
+    gram, mean = np.zeros((size, size)), np.zeros(size)
+    for rows in row_blocks(operator.n, size, np.float64):
+        X = np.asarray(operator.X[rows], dtype=np.float64)
+        if operator.scale is not None:
+            X = X / operator.scale
+        features = (operator.D[rows][:, :, None] * X[:, None, :]).reshape(len(X), size)
+        gram += features.T @ features
+        mean += features.sum(axis=0)
+    gram /= operator.n
+    if center:
+        mean /= operator.n
+        gram -= np.outer(mean, mean)
+    return gram
+
+
+@dataclass
+class NewtonState(State):
+    """State of the direct solver: the Cholesky factor of the Hessian at this alpha."""
+
+    factor: tuple[np.ndarray, bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RidgeNewton(Solver):
+    """Newton's method for squared loss with a ridge: V+ = V - H^-1 grad, exact in one step.
+
+    H = A^T A / n + alpha I (with centred A when there is an intercept) is factored in float64;
+    further steps only refine what float32 gradients lose. ``gram`` may hold A^T A / n from
+    ``gram_matrix``, to share it along a path.
+
+    Parameters
+    ----------
+    tol, max_iter, time_limit, check_every, verbose
+        As for every solver; here the gap is computed at every step.
+    gram : ndarray of shape (p d, p d), optional
+
+    Raises
+    ------
+    ValueError
+        From ``solve``: the penalty is not a pure ridge, the loss not squared, or p d is too large.
+    """
+
+    max_iter: int = 10
+    check_every: int = 1
+    gram: np.ndarray | None = None
+
+    def init(self, problem: GatedReLUProblem, alpha: float, V: np.ndarray) -> NewtonState:
+        """Form and factor the Hessian."""
+        A = problem.operator
+        if problem.regularizer.l1_ratio != 0 or not isinstance(problem.loss, SquaredLoss):
+            raise ValueError(
+                f"RidgeNewton needs penalty='ridge' and the squared loss, got {problem!r}."
+            )
+        if A.p * A.d > MOST_FEATURES:
+            raise ValueError(
+                f"RidgeNewton factors a matrix of p * d = {A.p * A.d} rows, at most "
+                f"{MOST_FEATURES}; use RFISTA."
+            )
+        gram = self.gram
+        if gram is None:
+            gram = gram_matrix(A, center=problem.fit_intercept)
+        hessian = gram + alpha * np.eye(len(gram))
+        Z = A.forward(V)
+        return NewtonState(V, Z, *residual_and_adjoint(problem, Z), cho_factor(hessian))
+
+    def step(self, problem: GatedReLUProblem, alpha: float, state: NewtonState) -> NewtonState:
+        """One Newton step."""
+        p, d, c = state.V.shape
+        gradient = (alpha * state.V - state.C).reshape(p * d, c)
+        V = empty_weights(p, d, c, problem.dtype)
+        V[...] = state.V - cho_solve(state.factor, gradient).reshape(p, d, c)
+        Z = problem.operator.forward(V)
+        return NewtonState(V, Z, *residual_and_adjoint(problem, Z), state.factor)

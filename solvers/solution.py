@@ -1,0 +1,95 @@
+"""What a solver returns: the weights, the certificate, and why it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+CONVERGED = "converged"
+ITERATION_LIMIT = "iteration limit"
+TIME_LIMIT = "time limit"
+STOPPED = "stopped by callback"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened along a solve, one entry for each time that the gap was computed.
+
+    Attributes
+    ----------
+    iteration, objective, gap, active_gates, seconds : ndarray
+        ``gap`` is the best relative duality gap so far; ``seconds`` since the start.
+    """
+
+    iteration: np.ndarray
+    objective: np.ndarray
+    gap: np.ndarray
+    active_gates: np.ndarray
+    seconds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.iteration)
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} points)"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solution of a convex programme and its certificate.
+
+    Attributes
+    ----------
+    V : ndarray of shape (p, d, c)
+        Weights, in the units of X.
+    intercept : ndarray of shape (c,)
+    alpha : float
+    objective : float
+        P(V, b).
+    duality_gap : float
+        Absolute: P(V, b) - P* is at most this.
+    n_iter : int
+    seconds : float
+    status : str
+        "converged", "iteration limit", "time limit" or "stopped by callback".
+    trace : Trace
+    """
+
+    V: np.ndarray = field(repr=False)
+    intercept: np.ndarray = field(repr=False)
+    alpha: float
+    objective: float
+    duality_gap: float
+    n_iter: int
+    seconds: float
+    status: str
+    trace: Trace = field(repr=False)
+
+    @property
+    def converged(self) -> bool:
+        """Whether the gap is within the solver's tolerance."""
+        return self.status == CONVERGED
+
+    @property
+    def relative_gap(self) -> float:
+        """Duality gap divided by the objective; the absolute gap where the objective is 0."""
+        return relative(self.duality_gap, self.objective)
+
+    @property
+    def n_active_gates(self) -> int:
+        """Number of gates with V[j] != 0."""
+        return int(self.V.any(axis=(1, 2)).sum())
+
+    @property
+    def message(self) -> str:
+        """Why the solver stopped, in a sentence."""
+        return (
+            f"{self.status} after {self.n_iter} iterations and {self.seconds:.2f} s, "
+            f"relative duality gap {self.relative_gap:.1e}"
+        )
+
+
+def relative(gap: float, objective: float) -> float:
+    """Gap divided by the objective; the gap itself where the objective is 0."""
+    return gap / objective if objective > 0 else gap
