@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from cvxdistill.adapters.data_loading import LoadedData
-
 # What the extra "torch" installs, by the names that an ImportError gives.
 TORCH_EXTRA = {"torch", "safetensors", "PIL"}
 BATCH_SIZE = 250
@@ -138,14 +136,15 @@ def inspect_command(
         check_parent(csv_file, "--csv")
     import numpy as np
 
+    from cvxdistill.adapters.data_loading import load_images_or_array
     from cvxdistill.adapters.model_loading import load_model
     from cvxdistill.inspection import inspect
 
     module = load_model(model, weights)
-    if input_shape is not None:
-        example = np.zeros((1, *input_shape), dtype=np.float32)
+    if data is not None:
+        example = load_images_or_array(data, limit=1, **reading).inputs
     else:
-        example = _load(data, limit=1, **reading).inputs
+        example = np.zeros((1, *(input_shape or ())), dtype=np.float32)
     _check_runs(module, example)
     table = inspect(module, example, depth=depth)
     click.echo(str(table))
@@ -204,11 +203,12 @@ def distill(
     check_parent(output, "--output")
     if report is not None and check_parent(report, "--report").resolve() == Path(output).resolve():
         raise ValueError(f"--output and --report both name {output}.")
+    from cvxdistill.adapters.data_loading import load_images_or_array
     from cvxdistill.adapters.model_loading import load_model
     from cvxdistill.distillation import distill
 
     module = load_model(model, weights)
-    inputs, labels = _load(data, key=key, size=size, mean=mean, std=std, limit=limit)
+    inputs, labels = load_images_or_array(data, key=key, size=size, mean=mean, std=std, limit=limit)
     _check_runs(module, inputs[:1])
     # What was not given is left to the defaults of distill.
     given = {name: value for name, value in options.items() if value is not None}
@@ -227,13 +227,6 @@ def distill(
         click.echo(f"report: {report}")
     result.save(output)
     click.echo(f"student: {output}")
-
-
-def _load(path: str | None, **options: Any) -> LoadedData:
-    from cvxdistill.adapters.data_loading import load_images_or_array
-
-    assert path is not None
-    return load_images_or_array(path, **options)
 
 
 def _run(model: nn.Module, inputs: np.ndarray) -> Any:

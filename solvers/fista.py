@@ -45,13 +45,13 @@ class RFISTA(Solver):
     tol, max_iter, time_limit, check_every, verbose
         As for every solver.
     backtrack : float, default=0.8
-    growth : float, default=1.25
-    looseness : float, default=1.5
+    growth : float, default=1.1
+    looseness : float, default=10
     """
 
     backtrack: float = 0.8
-    growth: float = 1.25
-    looseness: float = 1.5
+    growth: float = 1.1
+    looseness: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -94,6 +94,8 @@ def solve_path(
     ordered: Any = np.sort(np.asarray(alphas, dtype=float).ravel())[::-1]
     if len(ordered) == 0:
         raise ValueError("alphas is empty.")
+    if not (np.isfinite(ordered) & (ordered > 0)).all():
+        raise ValueError(f"alphas must be positive and finite, got {ordered}.")
     solutions: list[Solution] = []
     for alpha in ordered:
         warm_start = solutions[-1] if solutions else None

@@ -57,6 +57,11 @@ def check_rows(X: Any, name: str = "X") -> RowSource:
         raise ValueError(f"{name} must have shape (n, d), got {tuple(X.shape)}.")
     if 0 in X.shape:
         raise ValueError(f"{name} must have at least one row and one column, got {X.shape}.")
+    if not isinstance(X[0:1], np.ndarray):
+        # Sparse matrices and tensors look like row sources, but their products are not arrays.
+        raise TypeError(
+            f"{name} must be a NumPy array or give arrays when sliced, got {type(X).__name__}."
+        )
     if np.dtype(X.dtype).kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers, got dtype {X.dtype}.")
     if not isinstance(X, np.ndarray):

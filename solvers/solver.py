@@ -159,7 +159,8 @@ class Solver(ABC):
         )
         with bar:
             while True:
-                if iteration % self.check_every == 0 or iteration == self.max_iter:
+                late = self.time_limit is not None and time.perf_counter() - start > self.time_limit
+                if iteration % self.check_every == 0 or iteration == self.max_iter or late:
                     b = problem.intercept(state.Z)
                     certificate.offer(state.R, state.C)
                     certificate.extrapolate(state.R, state.C)

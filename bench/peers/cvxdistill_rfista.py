@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def solve(job: dict[str, Any]) -> dict[str, Any]:
         "relative_gap": solution.relative_gap,
         "n_iter": solution.n_iter,
         "dtype": str(solution.V.dtype),
+        "versions": f"cvxdistill {version('cvxdistill')}, numpy {np.__version__}",
     }
 
 

@@ -1,4 +1,4 @@
-"""The peers' own virtual environment, built when it is first asked for and whenever its pins change.
+"""The peers' own virtual environment, built when first asked for and when its pins change.
 
 It lies in ``bench/.venv-peers``, which git ignores, because peers pin versions of NumPy that the
 package does not share.

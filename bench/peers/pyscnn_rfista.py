@@ -10,10 +10,12 @@ not depend on the tolerance, so one run tells at what time each tolerance would 
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 from typing import Any
 
 import lab
 import numpy as np
+from ladder import Ladder
 from scnn.metrics import Metrics
 from scnn.models import ConvexGatedReLU
 from scnn.private.interface import (
@@ -30,45 +32,19 @@ from scnn.solvers import RFISTA
 from serving import serve
 
 
-class LadderOfTolerances(TerminationCriterion):
-    """Stop where the loosest tolerance does whose result is good enough, or at the time limit.
+class LadderCriterion(TerminationCriterion):
+    """pyscnn's GradientNorm, the squared norm of the smallest subgradient, for all of a ladder."""
 
-    Attributes
-    ----------
-    seconds_to_objective : float or None
-        When the objective first was at most the target: an oracle would have stopped there.
-    seconds, stopped_by : float, float or None
-        When it stopped, and the tolerance (pyscnn's ``tol``: the squared norm of the smallest
-        subgradient) that did; None at the time limit.
-    """
-
-    def __init__(self, ladder: list[float], target: float, time_limit: float) -> None:
-        super().__init__(min(ladder))
-        self.ladder = sorted(ladder, reverse=True)
-        self.target = target
-        self.time_limit = time_limit
-        self.seconds_to_objective: float | None = None
-        self.stopped_by: float | None = None
+    def __init__(self, ladder: Ladder) -> None:
+        super().__init__(0.0)
+        self.ladder = ladder
         self.iteration = -1
-        self.seconds = 0.0
         self.start = time.perf_counter()
 
-    def __call__(
-        self, model: Any, X: Any, y: Any, objective: Any = None, grad: Any = None
-    ) -> bool:
+    def __call__(self, model: Any, X: Any, y: Any, objective: Any = None, grad: Any = None) -> bool:
         self.iteration += 1
         squares = float(lab.sum(grad**2))
-        self.seconds = time.perf_counter() - self.start
-        reached = float(objective) <= self.target
-        if reached and self.seconds_to_objective is None:
-            self.seconds_to_objective = self.seconds
-        met = None
-        while self.ladder and squares <= self.ladder[0]:
-            met = self.ladder.pop(0)  # any of these would have stopped it here, good or not
-        if met is not None and reached:
-            self.stopped_by = met
-            return True
-        return self.seconds > self.time_limit
+        return self.ladder.stop(squares, float(objective), time.perf_counter() - self.start)
 
 
 def solve(job: dict[str, Any]) -> dict[str, Any]:
@@ -85,21 +61,22 @@ def solve(job: dict[str, Any]) -> dict[str, Any]:
     procedure = build_optimizer(RFISTA(model, max_iters=10**9), regularizer, metrics)
     procedure.metric_freq = 10**9
     logger = get_logger("scnn")
-    criterion = LadderOfTolerances(job["ladder"], job["target_objective"], job["time_limit"])
+    ladder = Ladder(job["ladder"], job["target_objective"], job["time_limit"])
+    criterion = LadderCriterion(ladder)
     procedure.term_criterion = criterion
-    status, internal_model, _ = procedure(
+    _, internal_model, _ = procedure(
         logger, internal_model, lambda model: model, train, test, build_metrics_tuple(metrics)
     )
     D = lab.to_np(internal_model.D) > 0
-    V = lab.to_np(internal_model.weights)
+    V = lab.to_np(internal_model.weights)[0]  # of the one output, (p, d)
     np.savez(job["result"], D=D, V=V)
     return {
-        "seconds": criterion.seconds,
-        "seconds_to_objective": criterion.seconds_to_objective,
-        "tolerance": criterion.stopped_by,
+        "seconds": ladder.seconds,
+        "seconds_to_objective": ladder.seconds_to_objective,
+        "tolerance": ladder.stopped_by,
         "n_iter": criterion.iteration,
         "dtype": str(V.dtype),
-        "diverged": status.get("success") is False,
+        "versions": f"pyscnn {version('pyscnn')}, numpy {np.__version__}",
     }
 
 

@@ -26,7 +26,7 @@ def serve(solve: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 class Worker:
-    """A script that calls ``serve``, running in the interpreter ``python`` with ``threads`` threads.
+    """A script that calls ``serve``, running in the interpreter ``python``, ``threads`` threads.
 
     Use it in a ``with`` block, at whose end the script is told to stop.
     """

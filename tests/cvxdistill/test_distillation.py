@@ -160,7 +160,7 @@ def test_convolutional_block_with_teacher_gates(conv):
     linear = min(c.error for c in result.candidates if c.kind == "linear")
     assert result.report.error < linear
     with torch.no_grad():
-        assert result.model(X).shape == (60, 5)
+        assert result.model(X).shape == (200, 5)
     text = str(result.report)
     assert "linear" in text and "gates: teacher" in text and "sampled" not in text
 
@@ -283,7 +283,9 @@ def test_early_exit_computes_nothing_behind_the_block(dense):
 
     class Counting(nn.Module):
         def forward(self, x):
-            next(calls)
+            # The recording first walks the model without computing, on the meta device.
+            if x.device.type != "meta":
+                next(calls)
             return x
 
     watched = nn.Sequential(model.stem, model.body, Counting())

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cvxdistill.solvers import GatedOperator, activation_patterns, sample_gates
+
+
+def random_weights(rng, p, d, c, dtype):
+    """Weights of which some gates are zero, so that the shortcut for them is taken."""
+    V = rng.standard_normal((p, d, c)) * (rng.random((p, 1, 1)) < 0.7)
+    return V.astype(dtype)
+
+
+@st.composite
+def operator_cases(draw):
+    n, d, p, c = (draw(st.integers(1, top)) for top in (40, 7, 6, 4))
+    return {
+        "shape": (n, d, p, c),
+        "dtype": draw(st.sampled_from([np.float32, np.float64])),
+        "order": draw(st.sampled_from("CF")),
+        "source": draw(st.booleans()),
+        "blocks": draw(st.sampled_from([1, 3, 10_000])),
+        "threads": draw(st.sampled_from([1, 3])),
+        "scaled": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(operator_cases())
+def test_forward_and_adjoint_equal_the_explicit_matrix(rows_only, gated_matrix, case):
+    n, d, p, c = case["shape"]
+    dtype = case["dtype"]
+    rng = np.random.default_rng(case["seed"])
+    X = np.asarray(rng.standard_normal((n, d)), dtype=dtype, order=case["order"])
+    D = rng.random((n, p)) < 0.5
+    V, R = random_weights(rng, p, d, c, dtype), rng.standard_normal((n, c)).astype(dtype)
+    scale = rng.uniform(0.5, 2, d).astype(dtype) if case["scaled"] else None
+    error = 1e-4 if dtype == np.float32 else 1e-11
+    tolerance = {"rtol": error, "atol": error}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cvxdistill.solvers.rows.BLOCK_BYTES", 1)
+        patch.setattr("cvxdistill.solvers.rows.SMALLEST_BLOCK", case["blocks"])
+        if case["threads"] > 1:
+            patch.setattr("cvxdistill.solvers.gated_operator.SMALLEST_PARALLEL_WORK", 0)
+            patch.setattr("cvxdistill.solvers.threads.n_threads", lambda: 3)
+        A = GatedOperator(rows_only(X) if case["source"] else X, D, scale=scale)
+        Z, C, norms = A.forward(V), A.adjoint(R), A.gate_gradient_norms(R)
+
+    explicit = gated_matrix(X if scale is None else X / scale, D).astype(float)
+    expected = explicit.T @ R.astype(float)
+    assert Z.dtype == C.dtype == norms.dtype == dtype
+    assert Z.shape == (n, c) and C.shape == (p, d, c) and norms.shape == (p,)
+    np.testing.assert_allclose(Z, explicit @ V.reshape(p * d, c).astype(float), **tolerance)
+    np.testing.assert_allclose(C.reshape(p * d, c), expected, **tolerance)
+    np.testing.assert_allclose(
+        norms, np.linalg.norm(expected.reshape(p, d * c), axis=1), **tolerance
+    )
+    # <A V, R> = <V, A^T R>
+    assert np.vdot(Z, R) == pytest.approx(np.vdot(V, C), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("c", [1, 3])
+def test_weights_in_any_memory_order_give_the_same_predictions(order, c):
+    rng = np.random.default_rng(0)
+    A = GatedOperator(rng.standard_normal((20, 4)), rng.random((20, 3)) < 0.5)
+    V = rng.standard_normal((3, 4, c))
+    np.testing.assert_array_equal(A.forward(np.asarray(V, order=order)), A.forward(V))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_array_of_n_times_p_times_d_exists(dtype):
+    n, d, p, c = 6000, 60, 80, 2
+    X = np.random.default_rng(0).standard_normal((n, d)).astype(dtype)
+    D, G = activation_patterns(X, sample_gates(d, p, random_state=0, dtype=dtype))
+    A = GatedOperator(X, D)
+    V = np.ones((G.shape[1], d, c), dtype)
+    A.adjoint(A.forward(V))  # compiled and warm
+    tracemalloc.start()
+    try:
+        A.adjoint(A.forward(V))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < n * p * d * np.dtype(dtype).itemsize / 8
+
+
+def test_patterns_are_held_as_booleans():
+    X = np.random.default_rng(0).standard_normal((30, 3))
+    D, _ = activation_patterns(X, sample_gates(3, 5, random_state=0))
+    assert GatedOperator(X, np.asfortranarray(D)).D.dtype == np.bool_
+
+
+def test_zero_weights_predict_zero():
+    A = GatedOperator(np.ones((4, 2)), np.ones((4, 3), bool))
+    np.testing.assert_array_equal(A.forward(np.zeros((3, 2, 2))), np.zeros((4, 2)))
+
+
+def test_the_representation_names_the_sizes():
+    A = GatedOperator(np.ones((4, 2), np.float32), np.ones((4, 3), bool))
+    assert repr(A) == "GatedOperator(n=4, d=2, p=3, dtype=float32)"
