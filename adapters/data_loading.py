@@ -77,11 +77,13 @@ def load_images_or_array(
     if key is not None and path.suffix != ".npz":
         raise ValueError(f"key names an array of a .npz file, but the data are {path}.")
     if path.is_dir():
-        inputs, labels = read_image_folder(path, size=size, limit=limit)
+        images, labels = read_image_folder(path, size=size, limit=limit)
+        inputs = np.moveaxis(images, 3, 1)
     elif size is not None:
         raise ValueError(f"size applies to a folder of images, but the data are {path}.")
     elif path.suffix in (".npy", ".npz"):
         inputs, labels = _read_arrays(path, key, limit)
+        inputs = _channels_first(inputs)
     else:
         raise ValueError(
             f"data must be a .npy file, a .npz file or a folder of images, got {path}."
@@ -206,16 +208,21 @@ def _pick_arrays(
     return file[key], None if label is None else file[label]
 
 
+def _channels_first(inputs: np.ndarray) -> np.ndarray:
+    """Move the last axis of images in bytes to where torch has it, unless it is there already."""
+    images = inputs.dtype == np.uint8 and inputs.ndim == 4
+    if images and inputs.shape[3] in (1, 3) and inputs.shape[1] not in (1, 3):
+        return np.moveaxis(inputs, 3, 1)
+    return inputs
+
+
 def _scale(
     inputs: np.ndarray, mean: Sequence[float] | None, std: Sequence[float] | None, path: Path
 ) -> np.ndarray:
     if inputs.dtype.kind not in "fiub":
         raise TypeError(f"data: {path} must hold real numbers, got dtype {inputs.dtype}.")
-    bytes_ = inputs.dtype == np.uint8
-    if bytes_ and inputs.ndim == 4 and inputs.shape[3] in (1, 3) and inputs.shape[1] not in (1, 3):
-        inputs = np.moveaxis(inputs, 3, 1)
     scaled = np.array(inputs, dtype=np.float32, order="C")
-    if bytes_:
+    if inputs.dtype == np.uint8:
         scaled /= 255
     for name, values in (("mean", mean), ("std", std)):
         if values is None:

@@ -12,7 +12,6 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
@@ -40,6 +39,9 @@ MOST_DIRECT_FEATURES = 2000
 
 class ConvexNN(BaseEstimator):
     """What the regressor and the classifier share: settings, gates, fit and raw output."""
+
+    coef_: np.ndarray
+    gates_: np.ndarray
 
     def __init__(
         self,
@@ -198,7 +200,7 @@ class ConvexNN(BaseEstimator):
 
 def dense(X: Any) -> np.ndarray:
     """Return X, made dense if it is sparse."""
-    return X.toarray() if sparse.issparse(X) else X
+    return X if isinstance(X, np.ndarray) else X.toarray()
 
 
 def _seed(random_state: Any) -> int:

@@ -1,14 +1,14 @@
 """Duality gaps: how far from the optimum a solution can be at most.
 
 Any residual, scaled until it is dual feasible, gives a lower bound of the optimum. The last
-residual is a poor one late in a solve, so several are tried and the best so far is kept.
+residual is a poor one late in a solve: a small excess in one gate shrinks it all. So the excess is
+taken out where it is, and the best bound so far is kept.
 """
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
+from scipy.linalg import LinAlgError, solve
 
 from cvxdistill.solvers.problem import GatedReLUProblem, residual_and_adjoint
 
@@ -28,22 +28,14 @@ class DualCertificate:
     ----------
     problem : GatedReLUProblem
     alpha : float
-    memory : int, default=5
-        Number of differences of residuals that extrapolation combines; 0 turns it off.
-
-    References
-    ----------
-    Massias, Gramfort and Salmon 2018 (dual extrapolation); Tseng 2008, section 3 (the averaged
-    gradients of an accelerated method as a dual sequence).
     """
 
-    def __init__(self, problem: GatedReLUProblem, alpha: float, memory: int = 5):
+    def __init__(self, problem: GatedReLUProblem, alpha: float):
         self.problem = problem
         self.alpha = alpha
         self.theta: np.ndarray | None = None
         self.value = -np.inf
         self._conjugate = np.inf
-        self._recent: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=memory + 1)
 
     def offer(self, R: np.ndarray, C: np.ndarray) -> float:
         """Scale R (n, c), with C = A^T R / n (p, d, c), to a dual point; keep it if it is better.
@@ -62,27 +54,54 @@ class DualCertificate:
             self.value, self.theta, self._conjugate = value, theta, conjugate
         return value
 
-    def extrapolate(self, R: np.ndarray, C: np.ndarray) -> None:
-        """Offer the affine combination of the recent residuals whose differences cancel best."""
-        self._recent.append((R, C))
-        if len(self._recent) < (self._recent.maxlen or 0):
+    def offer_corrected(self, R: np.ndarray, C: np.ndarray, V: np.ndarray) -> None:
+        """Offer R moved on to the dual constraints, to first order, instead of shrunk into them.
+
+        At the optimum R°(C_g) = alpha for every group g of weights that is not zero. With the
+        polar directions U_g, <U_g, C_g> = R°(C_g), and T_g = diag(D_g) X U_g, the smallest move
+        R + sum_g t_g T_g that makes R°(C_g) = alpha to first order, for the groups that are active
+        at V or violated at C, solves
+
+            (T^T T / n) t = alpha - R°(C).
+
+        The excess that is left is of second order, as is the error of the objective; scaling
+        alone leaves a gap of first order. For a blended penalty the gap of the plain residual is
+        of second order already, and nothing is done.
+
+        Parameters
+        ----------
+        R : ndarray of shape (n, c)
+        C : ndarray of shape (p, d, c)
+            A^T R / n.
+        V : ndarray of shape (p, d, c)
+        """
+        problem = self.problem
+        A, n = problem.operator, problem.operator.n
+        polar = problem.regularizer.polar(C)
+        if polar is None:
             return
-        residuals = np.stack([r.ravel() for r, _ in self._recent])
-        differences = np.diff(residuals, axis=0).astype(np.float64)
-        gram = differences @ differences.T
-        try:
-            weights = np.linalg.solve(gram, np.ones(len(gram)))
-        except np.linalg.LinAlgError:
+        norms, U = polar
+        per_output = norms.ndim == 2
+        wanted = (norms > self.alpha) | V.any(axis=1 if per_output else (1, 2))
+        gates = np.flatnonzero(wanted.any(axis=1) if per_output else wanted)
+        if len(gates) == 0:
             return
-        if not np.isfinite(weights).all() or weights.sum() == 0:
-            return
-        weights = (weights / weights.sum()).astype(R.dtype)
-        pairs = list(self._recent)[1:]
-        combined_R, combined_C = np.zeros_like(R), np.zeros_like(C)
-        for weight, (r, c) in zip(weights, pairs, strict=True):
-            combined_R += weight * r
-            combined_C += weight * c
-        self.offer(combined_R, combined_C)
+        grams = A.contribution_gram(U, gates, center=problem.fit_intercept, per_output=per_output)
+        excess = (self.alpha - norms[gates]).reshape(len(gates), -1)
+        chosen = wanted[gates].reshape(len(gates), -1)
+        t = np.zeros_like(excess, dtype=np.float64)
+        for k, gram in enumerate(grams):
+            rows = np.flatnonzero(chosen[:, k])
+            try:
+                t[rows, k] = _solve_regularized(gram[np.ix_(rows, rows)] / n, excess[rows, k], R)
+            except LinAlgError:
+                return
+        move = np.zeros_like(U)
+        move[gates] = U[gates] * t[:, None, :].astype(U.dtype)
+        delta = A.forward(move)
+        if problem.fit_intercept:
+            delta -= delta.mean(axis=0, dtype=np.float64).astype(delta.dtype)
+        self.offer(R + delta, C + A.adjoint(delta) / np.asarray(n, C.dtype))
 
     def gap(self, V: np.ndarray, Z: np.ndarray, b: np.ndarray) -> float:
         """Absolute duality gap at V (p, d, c), its predictions Z (n, c) without b, and b (c,)."""
@@ -120,6 +139,16 @@ def duality_gap(problem: GatedReLUProblem, V: np.ndarray, alpha: float) -> float
     V = problem.weights_from_user(V)
     Z = problem.operator.forward(V)
     b = problem.intercept(Z)
-    certificate = DualCertificate(problem, alpha, memory=0)
-    certificate.offer(*residual_and_adjoint(problem, Z))
+    certificate = DualCertificate(problem, alpha)
+    R, C = residual_and_adjoint(problem, Z)
+    certificate.offer(R, C)
+    certificate.offer_corrected(R, C, V)
     return certificate.gap(V, Z, b)
+
+
+def _solve_regularized(gram: np.ndarray, rhs: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Solve a positive semidefinite system, with a ridge of the order of what rounding leaves."""
+    if len(gram) == 0:
+        return rhs
+    ridge = np.finfo(like.dtype).eps ** 0.75 * np.trace(gram) / len(gram)
+    return solve(gram + max(ridge, 1e-300) * np.eye(len(gram)), rhs, assume_a="pos")

@@ -31,7 +31,8 @@ def empty_weights(p: int, d: int, c: int, dtype: Any) -> np.ndarray:
 def as_weights(V: Any, dtype: Any) -> np.ndarray:
     """Copy ``V`` of shape (p, d, c) into the memory order (p, c, d)."""
     V = np.asarray(V)
-    weights = empty_weights(*V.shape, dtype)
+    p, d, c = V.shape
+    weights = empty_weights(p, d, c, dtype)
     weights[...] = V
     return weights
 
@@ -117,6 +118,49 @@ class GatedOperator:
         if self.scale is not None:
             C /= self.scale
         return C.reshape(self.p, c, self.d).transpose(0, 2, 1)
+
+    def contribution_gram(
+        self, U: np.ndarray, gates: np.ndarray, *, center: bool, per_output: bool
+    ) -> np.ndarray:
+        """Inner products of what single gates contribute: T_i . T_j, with T_j = diag(D_j) X U[j].
+
+        Parameters
+        ----------
+        U : ndarray of shape (p, d, c)
+        gates : ndarray of int, shape (m,)
+            The gates to take.
+        center : bool
+            Subtract the column means of each T_j (n, c) first.
+        per_output : bool
+            Keep the outputs apart, instead of summing over them.
+
+        Returns
+        -------
+        ndarray of shape (c, m, m) or (1, m, m), float64
+        """
+        m, c = len(gates), U.shape[2]
+        W = _flat(U[gates])
+        if self.scale is not None:
+            W = W / self.scale
+
+        def work(blocks: list[slice]) -> tuple[np.ndarray, np.ndarray]:
+            gram, total = np.zeros((c if per_output else 1, m, m)), np.zeros((m, c))
+            for rows in blocks:
+                T = np.dot(self.X[rows], W.T).reshape(-1, m, c)
+                T *= self.D[rows][:, gates, None]
+                total += T.sum(axis=0)
+                T = T.transpose(2, 0, 1) if per_output else T.transpose(0, 2, 1).reshape(1, -1, m)
+                gram += np.matmul(T.transpose(0, 2, 1), T)
+            return gram, total
+
+        (gram, total), *others = self._for_blocks(work, m * c)
+        for other_gram, other_total in others:
+            gram += other_gram
+            total += other_total
+        if center:
+            means = np.einsum("ik,jk->kij", total, total) / self.n
+            gram -= means if per_output else means.sum(axis=0)
+        return gram
 
     def _for_blocks(self, work: Callable[[list[slice]], Any], width: int) -> list[Any]:
         """Call ``work`` on runs of row blocks, one run a thread, BLAS held to one thread each."""

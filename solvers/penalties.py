@@ -27,6 +27,13 @@ class Penalty(Protocol):
         """R°(C), the largest <C, V> over R(V) <= 1."""
         ...
 
+    def polar(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """R° of each group, of shape (p,) or (p, c), and U (p, d, c) that attains it.
+
+        <U_g, C_g> = R°(C_g) and R(U_g) = 1 for each group g with C_g != 0.
+        """
+        ...
+
 
 def _shrink(norms: np.ndarray, t: float) -> np.ndarray:
     """Factors max(0, 1 - t / norm) of the proximal operator of a Euclidean norm."""
@@ -54,6 +61,11 @@ class NeuronPenalty:
         """Largest column norm."""
         return float(self._norms(C).max())
 
+    def polar(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Column norms (p, c) and the columns scaled to length 1."""
+        norms = self._norms(C)
+        return norms, C / np.where(norms > 0, norms, 1)[:, None, :]
+
 
 @dataclass(frozen=True)
 class GatePenalty:
@@ -73,6 +85,11 @@ class GatePenalty:
     def dual_norm(self, C: np.ndarray) -> float:
         """Largest Frobenius norm of a gate."""
         return float(self._norms(C).max())
+
+    def polar(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frobenius norms (p,) and the gates scaled to norm 1."""
+        norms = self._norms(C)
+        return norms, C / np.where(norms > 0, norms, 1)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,10 @@ class Regularizer:
             return 1.0
         norm = self.penalty.dual_norm(C)
         return 1.0 if norm <= alpha else alpha / norm
+
+    def polar(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The penalty's dual norms and polar directions; None for a blend, which bounds nothing."""
+        return self.penalty.polar(C) if self.l1_ratio == 1 else None
 
     def conjugate(self, C: np.ndarray, alpha: float) -> float:
         """(alpha Omega)*(C) = ||prox_{alpha rho R}(C)||^2 / (2 alpha (1 - rho)), 0 for rho = 1.

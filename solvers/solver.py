@@ -79,7 +79,7 @@ class Solver(ABC):
     max_iter : int, default=10_000
     time_limit : float, optional
         Seconds.
-    check_every : int, default=10
+    check_every : int, default=20
         Iterations between two computations of the gap.
     verbose : int, default=0
         1 shows a progress bar.
@@ -88,7 +88,7 @@ class Solver(ABC):
     tol: float = 1e-4
     max_iter: int = 10_000
     time_limit: float | None = None
-    check_every: int = 10
+    check_every: int = 20
     verbose: int = 0
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class Solver(ABC):
                 if iteration % self.check_every == 0 or iteration == self.max_iter or late:
                     b = problem.intercept(state.Z)
                     certificate.offer(state.R, state.C)
-                    certificate.extrapolate(state.R, state.C)
+                    certificate.offer_corrected(state.R, state.C, state.V)
                     gap = certificate.gap(state.V, state.Z, b)
                     objective = problem.loss.value(state.Z + b, problem.Y)
                     objective += alpha * problem.regularizer.value(state.V)

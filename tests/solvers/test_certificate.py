@@ -49,17 +49,24 @@ def test_without_a_dual_point_the_gap_is_infinite(problem):
     assert certificate.gap(V, Z, problem.intercept(Z)) == np.inf
 
 
-def test_extrapolated_points_are_valid_and_only_improve_the_gap(make_problem):
-    problem = make_problem(n=60, d=8, p=20, c=1)
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize(("penalty", "c"), [("neuron", 1), ("neuron", 3), ("gate", 3)])
+def test_correcting_the_residual_is_valid_and_tightens_the_gap(
+    make_problem, penalty, c, fit_intercept
+):
+    problem = make_problem(n=60, d=8, p=20, c=c, penalty=penalty, fit_intercept=fit_intercept)
     alpha = 0.01 * problem.alpha_max()
     best = RFISTA(tol=1e-9).solve(problem, alpha).objective
-    plain, extrapolated = DualCertificate(problem, alpha), DualCertificate(problem, alpha)
+    plain, corrected = DualCertificate(problem, alpha), DualCertificate(problem, alpha)
     solver = RFISTA()
     state = solver.init(problem, alpha, problem.zeros())
     for _ in range(300):
         state = solver.step(problem, alpha, state)
         plain.offer(state.R, state.C)
-        extrapolated.offer(state.R, state.C)
-        extrapolated.extrapolate(state.R, state.C)
-        assert plain.value <= extrapolated.value <= best * (1 + 1e-9)
-    assert extrapolated.value > plain.value
+        corrected.offer(state.R, state.C)
+        corrected.offer_corrected(state.R, state.C, state.V)
+        assert plain.value <= corrected.value <= best * (1 + 1e-9)
+    assert best - corrected.value < 0.2 * (best - plain.value)
+    np.testing.assert_allclose(
+        corrected.theta.sum(axis=0) if fit_intercept else 0.0, 0.0, atol=1e-9
+    )

@@ -54,7 +54,7 @@ def test_iteration_limit(problem, alpha):
 
 
 def test_time_limit(problem, alpha):
-    solution = RFISTA(tol=0, time_limit=0.05, max_iter=10**9).solve(problem, alpha)
+    solution = RFISTA(tol=0, time_limit=1e-6, max_iter=10**9).solve(problem, alpha)
     assert solution.status == "time limit"
     assert 0.05 < solution.seconds < 5
 
