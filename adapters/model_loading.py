@@ -190,8 +190,9 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if absent and (name == error.name or name.startswith(f"{error.name}.")):
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        # The module itself or a package on the way to it, rather than something that it imports.
+        if absent and f"{name}.".startswith(f"{absent}."):
             raise ValueError(
                 f"model: there is no module {name!r} on Python's path or in the current folder; a "
                 "file is named with its ending, as in 'file.py:factory'."

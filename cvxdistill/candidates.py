@@ -180,9 +180,12 @@ def gated_candidates(
     """
     start = time.perf_counter()
     D, G = activation_patterns(data.X, G)
-    basis = _principal_components(data.Y, MOST_COMPONENTS)
-    center = data.Y.mean(axis=0)
-    targets = data.Y if basis is None else (data.Y - center) @ basis
+    # Centred, because float32 loses digits to targets far from zero.
+    center = data.Y.mean(axis=0, dtype=np.float64).astype(data.Y.dtype)
+    targets = data.Y - center
+    basis = _principal_components(targets, MOST_COMPONENTS)
+    if basis is not None:
+        targets = targets @ basis
     problem = GatedReLUProblem(
         data.X, targets, D, penalty=penalty, l1_ratio=l1_ratio, fit_intercept=True
     )
@@ -195,11 +198,10 @@ def gated_candidates(
         solution = solver.solve(problem, strength, warm_start=solution)
         seconds = time.perf_counter() - start
         units = _units(problem, solution, max(sizes))
-        if not refit and basis is not None:
-            units = Neurons(units.W1, units.W2 @ basis.T, units.gate)
         intercept = solution.intercept
         if basis is not None:
-            intercept = basis @ intercept + center
+            units = Neurons(units.W1, units.W2 @ basis.T, units.gate)
+            intercept = basis @ intercept
         found = _sized(
             data,
             "gated",
@@ -211,7 +213,7 @@ def gated_candidates(
             most_parameters,
             refit,
             seconds,
-            intercept=intercept,
+            intercept=intercept + center,
         )
         progress = False
         for size, candidate in zip(sizes, found, strict=False):
@@ -279,13 +281,12 @@ def _student(data: FitData, G: np.ndarray, neurons: Neurons, b: np.ndarray) -> G
     return build_student(data.layout, neurons.W1, neurons.W2, neurons.gate, G, b).eval()
 
 
-def _principal_components(Y: np.ndarray, most: int) -> np.ndarray | None:
+def _principal_components(centered: np.ndarray, most: int) -> np.ndarray | None:
     """Leading eigenvectors (c, most) of the covariance of Y; None where c is no larger."""
-    if Y.shape[1] <= most:
+    if centered.shape[1] <= most:
         return None
-    centered = Y - Y.mean(axis=0)
     _, vectors = np.linalg.eigh((centered.T @ centered).astype(np.float64))
-    return np.ascontiguousarray(vectors[:, ::-1][:, :most], dtype=Y.dtype)
+    return np.ascontiguousarray(vectors[:, ::-1][:, :most], dtype=centered.dtype)
 
 
 def _mean_variance(X: RowSource, rows: int = 2048) -> float:

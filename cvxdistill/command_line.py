@@ -22,6 +22,15 @@ TORCH_EXTRA = {"torch", "safetensors", "PIL"}
 BATCH_SIZE = 250
 
 
+class _Refusal(click.ClickException):
+    """The message of an error, on one line."""
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
 class _OneLineErrors(click.Group):
     """A group whose commands end in one line and exit code 2 where the library refuses."""
 
@@ -32,18 +41,12 @@ class _OneLineErrors(click.Group):
             raise
         except ImportError as error:
             if (error.name or "").partition(".")[0] in TORCH_EXTRA:
-                raise _refusal(
+                raise _Refusal(
                     f'this command needs {error.name}: pip install "cvxdistill[torch]"'
                 ) from error
-            raise _refusal(str(error)) from error
+            raise _Refusal(str(error)) from error
         except (ValueError, TypeError, OSError) as error:
-            raise _refusal(str(error)) from error
-
-
-def _refusal(message: str) -> click.ClickException:
-    refusal = click.ClickException(" ".join(message.split()))
-    refusal.exit_code = 2
-    return refusal
+            raise _Refusal(str(error)) from error
 
 
 class _Numbers(click.ParamType):

@@ -189,11 +189,10 @@ def run_demonstration(
     """
     import cvxdistill
 
+    tell: Callable[[str], Any] = (lambda _: None) if quiet else say
+    digits = load_digit_images(random_state)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    tell: Callable[[str], Any] = (lambda _: None) if quiet else say
-
-    digits = load_digit_images(random_state)
     tell(
         f"Training a convolutional network on {len(digits.train):,} images of handwritten digits "
         "(8 x 8) ..."

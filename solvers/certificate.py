@@ -12,6 +12,9 @@ from scipy.linalg import LinAlgError, solve
 
 from cvxdistill.solvers.problem import GatedReLUProblem, residual_and_adjoint
 
+# Entries of the correction's linear systems beyond which it is left out: 0.5 GB.
+MOST_GRAM_ENTRIES = 2**26
+
 
 class DualCertificate:
     """The best dual point seen so far for one problem and one alpha, and the gap it certifies.
@@ -66,7 +69,8 @@ class DualCertificate:
 
         The excess that is left is of second order, as is the error of the objective; scaling
         alone leaves a gap of first order. For a blended penalty the gap of the plain residual is
-        of second order already, and nothing is done.
+        of second order already, and nothing is done; nor where the systems would not fit in
+        memory.
 
         Parameters
         ----------
@@ -84,7 +88,8 @@ class DualCertificate:
         per_output = norms.ndim == 2
         wanted = (norms > self.alpha) | V.any(axis=1 if per_output else (1, 2))
         gates = np.flatnonzero(wanted.any(axis=1) if per_output else wanted)
-        if len(gates) == 0:
+        systems = norms.shape[1] if per_output else 1
+        if len(gates) == 0 or systems * len(gates) ** 2 > MOST_GRAM_ENTRIES:
             return
         grams = A.contribution_gram(U, gates, center=problem.fit_intercept, per_output=per_output)
         excess = (self.alpha - norms[gates]).reshape(len(gates), -1)
@@ -111,7 +116,8 @@ class DualCertificate:
         fit = problem.loss.fenchel_gap(Z + b, self.theta, problem.Y)
         penalty = self.alpha * problem.regularizer.value(V) + self._conjugate
         inner = float(np.sum(Z * self.theta, dtype=np.float64)) / len(Z)
-        return max(0.0, fit + penalty - inner)
+        # Not max(), which would turn NaN into a gap of 0.
+        return float(np.maximum(0.0, fit + penalty - inner))
 
 
 def duality_gap(problem: GatedReLUProblem, V: np.ndarray, alpha: float) -> float:

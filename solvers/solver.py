@@ -136,7 +136,8 @@ class Solver(ABC):
         Raises
         ------
         ValueError
-            If alpha is not positive and finite or the warm start does not fit.
+            If alpha is not positive and finite, the warm start does not fit, or the rows of a row
+            source are not finite.
         """
         _check_alpha(alpha)
         if warm_start is None:
@@ -152,6 +153,9 @@ class Solver(ABC):
         start = time.perf_counter()
         certificate = DualCertificate(problem, alpha)
         state = self.init(problem, alpha, V)
+        if not np.isfinite(state.C).all():
+            # A row source is not scanned for these, and no line search would end.
+            raise ValueError("X must be finite: its products with the residual are not.")
         history: list[Progress] = []
         iteration = 0
         bar = tqdm(

@@ -171,7 +171,7 @@ def test_arguments_that_do_not_fit_the_data_are_refused(
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("1,2")
-    with pytest.raises(ValueError, match="must be a .npy file, a .npz file or a folder"):
+    with pytest.raises(ValueError, match=r"must be a .npy file, a .npz file or a folder"):
         load_images_or_array(tmp_path / "x.csv")
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         load_images_or_array(tmp_path / "absent.npy")

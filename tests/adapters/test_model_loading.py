@@ -217,8 +217,17 @@ def test_a_model_that_cannot_be_made_is_refused(
 def test_a_file_that_fails_says_how(tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     file.write_text("import a_module_that_is_absent_7f\n")
-    with pytest.raises(ValueError, match="running .*broken.py failed: ModuleNotFoundError"):
+    with pytest.raises(ValueError, match=r"running .*broken.py failed: ModuleNotFoundError"):
         load_model(f"{file}:network")
+
+
+def test_a_module_whose_imports_fail_is_not_called_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_7f.py").write_text("import a_module_that_is_absent_7f\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="importing 'broken_7f' failed: ModuleNotFoundError"):
+        load_model("broken_7f:network")
 
 
 def test_missing_weights_are_noticed_before_the_model_is_made(tmp_path: Path) -> None:

@@ -141,9 +141,9 @@ def test_errors_say_what_was_looked_for(folder: Path, monkeypatch: pytest.Monkey
         datasets.load_cifar10("test")
     with pytest.raises(FileNotFoundError, match=r"t10k-images-idx3-ubyte\[.gz\]"):
         datasets.load_mnist("test")
-    with pytest.raises(FileNotFoundError, match="looked for uci/wine.npz"):
+    with pytest.raises(FileNotFoundError, match=r"looked for uci/wine.npz"):
         datasets.load_uci("wine")
-    with pytest.raises(ValueError, match="one of abalone, .*got 'iris'"):
+    with pytest.raises(ValueError, match=r"one of abalone, .*got 'iris'"):
         datasets.load_uci("iris")
     with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'valid'"):
         datasets.load_cifar10("valid")

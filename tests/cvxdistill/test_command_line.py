@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,8 +209,6 @@ def test_distill_refuses_bad_input_in_one_line_and_writes_nothing(
     monkeypatch.chdir(work)
     before = set(work.iterdir())
     found = refusal("distill", "net.py:network", *(a.format(work=work) for a in arguments))
-    import re
-
     assert re.search(message, found), found
     assert {path for path in work.iterdir() if path.name != "__pycache__"} == before
 

@@ -217,3 +217,19 @@ def test_an_alpha_is_refused_before_the_path_is_begun():
     with pytest.raises(ValueError, match="alphas must be positive"):
         solve_path(RFISTA(), PROBLEM, [0.1, 0.0], callback=begun.append)
     assert not begun
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("penalty", ["neuron", "ridge"])
+def test_a_row_source_that_is_not_finite_is_refused_rather_than_certified(
+    rows_only, value, penalty
+):
+    problem = GatedReLUProblem(rows_only(holed(X, value)), Y, D, penalty=penalty)
+    with pytest.raises(ValueError, match="X must be finite"):
+        RFISTA(max_iter=10).solve(problem, 0.1)
+
+
+def test_a_gap_that_cannot_be_computed_is_not_zero(rows_only):
+    problem = GatedReLUProblem(rows_only(holed(X, np.nan)), Y, D, penalty="ridge")
+    assert np.isnan(duality_gap(problem, problem.zeros(), 0.1))

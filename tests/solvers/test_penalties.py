@@ -73,6 +73,19 @@ def test_dual_norms_are_attained():
 
 
 @ANY_PENALTY
+def test_polar_directions_attain_the_dual_norm_of_each_group(penalty):
+    C = np.random.default_rng(0).standard_normal((3, 4, 2))
+    C[1] = 0
+    norms, U = Regularizer(penalty).polar(C)
+    summed = "pdc,pdc->pc" if norms.ndim == 2 else "pdc,pdc->p"
+    np.testing.assert_allclose(np.einsum(summed, U, C), norms, atol=1e-12)
+    assert norms.max() == pytest.approx(penalty.dual_norm(C))
+    assert penalty.value(U) == pytest.approx(np.count_nonzero(norms))
+    assert not U[1].any()
+    assert Regularizer(penalty, 0.5).polar(C) is None
+
+
+@ANY_PENALTY
 @ANY_RATIO
 def test_prox_of_the_blend_is_that_of_cvxpy(penalty, l1_ratio):
     cp = pytest.importorskip("cvxpy")

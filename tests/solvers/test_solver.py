@@ -56,7 +56,7 @@ def test_iteration_limit(problem, alpha):
 def test_time_limit(problem, alpha):
     solution = RFISTA(tol=0, time_limit=1e-6, max_iter=10**9).solve(problem, alpha)
     assert solution.status == "time limit"
-    assert 0.05 < solution.seconds < 5
+    assert solution.n_iter == 0 and solution.seconds > 1e-6
 
 
 def test_callback_sees_the_progress_and_stops_the_solve(problem, alpha):
@@ -66,7 +66,7 @@ def test_callback_sees_the_progress_and_stops_the_solve(problem, alpha):
         seen.append(progress)
         return progress.iteration >= 20
 
-    solution = RFISTA(tol=0).solve(problem, alpha, callback=callback)
+    solution = RFISTA(tol=0, check_every=10).solve(problem, alpha, callback=callback)
     assert solution.status == "stopped by callback" and solution.n_iter == 20
     assert [progress.iteration for progress in seen] == [0, 10, 20]
     assert seen[-1].objective == solution.objective
