@@ -42,7 +42,7 @@ from peers.serving import Worker
 from cvxdistill.solvers import RFISTA, GatedReLUProblem, activation_patterns, sample_gates
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "uci_results"
+RESULTS = HERE / "results" / "uci_rfista"
 CACHE = HERE / ".cache" / "uci_rfista"
 ACCURACY = {0.1: 1e-4, 0.01: 1e-4, 0.001: 1e-3}  # by alpha / alpha_max
 N_GATES = 100
@@ -270,7 +270,7 @@ def main(
 ) -> None:
     """Time R-FISTA beside pyscnn's; an interrupted run goes on where it stopped.
 
-    The CSV and the picture beside this script are written by a run over everything; a smaller
+    The CSV and the picture in bench/results are written by a run over everything; a smaller
     one leaves its own in bench/.cache/uci_rfista.
     """
     names = chosen(tables, QUICK_TABLES if quick and tables is None else UCI_TABLES, "--tables")
@@ -278,6 +278,7 @@ def main(
     repeats, limit = (1, min(limit, 5.0)) if quick else (REPEATS, limit)
     everything = set(names) == set(UCI_TABLES) and len(alpha_ratios) == len(ACCURACY) and not quick
     CACHE.mkdir(parents=True, exist_ok=True)
+    RESULTS.parent.mkdir(exist_ok=True)
     if references:
         for table, ratio in product(names, alpha_ratios):
             best = setting(table, ratio)[2]
