@@ -63,18 +63,26 @@ def run(
         f"{teacher_name}: {parameters:,} parameters, accuracy {teacher_accuracy:.4f} on "
         f"{len(labels):,} test images ({time.perf_counter() - start:.1f} s)"
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    measured: set[tuple[str, str, int]] = set()
     for label, options in configurations.items():
         result = cvxdistill.distill(teacher.model, block, train_inputs, **options)
         report = result.report
+        # A linear student knows no gates: what tells two apart is the kernel.
+        kernel = " x ".join(map(str, report.layout.kernel_size))
         print(f"\n{label}: {options}\n{report}\n", flush=True)
         for candidate in result.candidates:
             if candidate.n_neurons < 4:
                 continue
+            own_label = label if candidate.kind == "gated" else kernel
+            key = (own_label, candidate.kind, candidate.n_neurons)
+            if key in measured:
+                continue
+            measured.add(key)
             swapped = cvxdistill.swap_block(teacher.model, block, candidate.student)
             rows.append(
                 {
-                    "configuration": label,
+                    "configuration": own_label,
                     "student": candidate.kind,
                     "units": candidate.n_neurons,
                     "gates": candidate.n_gates,

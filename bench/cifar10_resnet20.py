@@ -9,8 +9,8 @@ from __future__ import annotations
 from cifar10_blocks import parse_arguments, run
 
 CONFIGURATIONS = {
-    "3 x 3": {"kernel_size": 3},
-    "5 x 5": {"kernel_size": 5},
+    "3 x 3": {"kernel_size": 3, "max_rows": 100_000, "time_limit": 90},
+    "5 x 5": {"kernel_size": 5, "max_rows": 100_000, "time_limit": 90, "n_gates": 16},
 }
 
 if __name__ == "__main__":

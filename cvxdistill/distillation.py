@@ -75,7 +75,7 @@ def distill(
     kernel_size: int | tuple[int, int] | None = None,
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] | None = None,
-    max_rows: int | None = 20_000,
+    max_rows: int | None = 50_000,
     max_examples: int | None = None,
     validation_fraction: float = 0.1,
     batch_size: int = 256,
@@ -130,8 +130,9 @@ def distill(
         principal components of the block's outputs, if it has more).
     kernel_size, stride, padding : int or pair, optional
         Of a convolutional student; by default inferred from the block's shapes.
-    max_rows : int or None, default=20_000
-        Sample this many rows (examples, tokens or patches) for the fit; None uses all.
+    max_rows : int or None, default=50_000
+        Sample this many rows (examples, tokens or patches) for the fit; None uses all. Gated
+        students have (n_gates + 1) * d weights for each output: much fewer rows overfit.
     max_examples : int, optional
         Record at most this many examples.
     validation_fraction : float, default=0.1
