@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -57,6 +58,20 @@ def test_time_limit(problem, alpha):
     solution = RFISTA(tol=0, time_limit=1e-6, max_iter=10**9).solve(problem, alpha)
     assert solution.status == "time limit"
     assert solution.n_iter == 0 and solution.seconds > 1e-6
+
+
+def test_time_limit_strikes_between_two_checks_of_the_gap(problem, alpha, monkeypatch):
+    step = RFISTA.step
+
+    def slow_step(self, *arguments):
+        time.sleep(0.02)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(RFISTA, "step", slow_step)
+    solution = RFISTA(tol=0, time_limit=0.1, check_every=1000).solve(problem, alpha)
+    assert solution.status == "time limit"
+    assert 1 <= solution.n_iter <= 5
+    assert solution.trace.iteration[-1] == solution.n_iter
 
 
 def test_callback_sees_the_progress_and_stops_the_solve(problem, alpha):
