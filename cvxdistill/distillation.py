@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,6 +272,10 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    for name in ("validation_fraction", "alpha", "tol"):
+        value = arguments[name]
+        if not isinstance(value, Real) and not (name == "alpha" and value is None):
+            raise TypeError(f"{name} must be a number, got {value!r}.")
     fraction = arguments["validation_fraction"]
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction must lie in (0, 1), got {fraction!r}.")

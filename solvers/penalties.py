@@ -7,6 +7,7 @@ solvers only see a ``Regularizer``: rho R(V) + (1 - rho)/2 ||V||_F^2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -155,10 +156,14 @@ def find_regularizer(penalty: str | Penalty, l1_ratio: float) -> Regularizer:
     ------
     ValueError
         If the name is unknown or ``l1_ratio`` is not in [0, 1].
+    TypeError
+        If ``l1_ratio`` is not a number.
     """
     if isinstance(penalty, str) and penalty not in (*PENALTIES, "ridge"):
         names = sorted([*PENALTIES, "ridge"])
         raise ValueError(f"penalty must be one of {names}, got {penalty!r}.")
+    if not isinstance(l1_ratio, Real):
+        raise TypeError(f"l1_ratio must be a number in [0, 1], got {l1_ratio!r}.")
     if not 0 <= l1_ratio <= 1:
         raise ValueError(f"l1_ratio must lie in [0, 1], got {l1_ratio!r}.")
     if penalty == "ridge":

@@ -250,6 +250,8 @@ BAD = {
     "n_neurons": ({"n_neurons": 2.5}, ValueError, "n_neurons must be a positive integer"),
     "max_rows": ({"max_rows": -1}, ValueError, "max_rows must be a positive integer"),
     "alpha": ({"alpha": 0.0}, ValueError, "alpha must be positive"),
+    "alpha type": ({"alpha": "small"}, TypeError, "alpha must be a number"),
+    "l1_ratio type": ({"l1_ratio": "half"}, TypeError, "l1_ratio must be a number"),
     "tol": ({"tol": 0.0}, ValueError, "tol must be positive"),
     "validation": ({"validation_fraction": 1.0}, ValueError, "validation_fraction must lie"),
     "penalty": ({"penalty": "lasso"}, ValueError, "penalty must be one of"),
