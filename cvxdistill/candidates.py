@@ -147,12 +147,12 @@ def linear_candidates(
     fits = []
     for strength in strengths:
         solution = solver.solve(problem, strength)
-        student = _student(data, G, _units(problem, solution, full), solution.intercept)
-        fits.append((data.error(student), solution))
-    _, solution = min(fits, key=lambda fit: fit[0])
+        # A prefix of the leading units is the answer for each smaller size.
+        units = _units(problem, solution, full)
+        error = data.error(_student(data, G, units, solution.intercept))
+        fits.append((error, solution, units))
+    _, solution, units = min(fits, key=lambda fit: fit[0])
     seconds = time.perf_counter() - start
-    # A prefix of the leading units is the answer for each smaller size.
-    units = _units(problem, solution, full)
     sizes = [n_neurons] if n_neurons else [*(m for m in UNITS if m < full), full]
     return list(
         _sized(data, "linear", problem, solution, units, G, sizes, most_parameters, refit, seconds)
