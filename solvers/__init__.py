@@ -1,9 +1,26 @@
-"""Convex solvers for gated ReLU networks, in NumPy and Numba; no torch, no scikit-learn."""
+"""Convex solvers for gated ReLU and ReLU networks: NumPy and Numba, no torch, no scikit-learn."""
 
+from cvxdistill.solvers.admm import ADMM
+from cvxdistill.solvers.arrangements import enumerate_gates, pattern_count
+from cvxdistill.solvers.augmented_lagrangian import AugmentedLagrangian
 from cvxdistill.solvers.certificate import DualCertificate, duality_gap
+from cvxdistill.solvers.data_gates import (
+    sample_pair_gates,
+    sample_quantile_gates,
+    sample_wedge_gates,
+)
 from cvxdistill.solvers.fista import RFISTA
+from cvxdistill.solvers.gate_generation import GateGeneration, generate_gates
+from cvxdistill.solvers.gate_margins import attainable_margin, nudge_gates
+from cvxdistill.solvers.gate_samplers import (
+    draw_gates,
+    sample_convolutional_gates,
+    sample_gates,
+    sample_sparse_gates,
+)
+from cvxdistill.solvers.gate_violations import violating_gates
 from cvxdistill.solvers.gated_operator import GatedOperator
-from cvxdistill.solvers.gates import activation_patterns, evaluate_gates, sample_gates
+from cvxdistill.solvers.gates import activation_patterns, evaluate_gates
 from cvxdistill.solvers.network import (
     Neurons,
     leading_neurons,
@@ -13,17 +30,24 @@ from cvxdistill.solvers.network import (
 )
 from cvxdistill.solvers.path import Path, alpha_grid, solve_path
 from cvxdistill.solvers.problem import GatedReLUProblem
+from cvxdistill.solvers.relu_operator import relu_predictions
+from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.ridge import RidgeNewton, gram_matrix
 from cvxdistill.solvers.rows import RowSource, RowSubset
 from cvxdistill.solvers.solution import Solution, Trace
+from cvxdistill.solvers.solver_choice import choose_solver
 
 __all__ = [
+    "ADMM",
     "RFISTA",
+    "AugmentedLagrangian",
     "DualCertificate",
+    "GateGeneration",
     "GatedOperator",
     "GatedReLUProblem",
     "Neurons",
     "Path",
+    "ReLUProblem",
     "RidgeNewton",
     "RowSource",
     "RowSubset",
@@ -31,13 +55,27 @@ __all__ = [
     "Trace",
     "activation_patterns",
     "alpha_grid",
+    "attainable_margin",
+    "choose_solver",
+    "draw_gates",
     "duality_gap",
+    "enumerate_gates",
     "evaluate_gates",
+    "generate_gates",
     "gram_matrix",
     "leading_neurons",
     "neurons_from_weights",
+    "nudge_gates",
+    "pattern_count",
     "refit_second_layer",
+    "relu_predictions",
+    "sample_convolutional_gates",
     "sample_gates",
+    "sample_pair_gates",
+    "sample_quantile_gates",
+    "sample_sparse_gates",
+    "sample_wedge_gates",
     "solve_path",
+    "violating_gates",
     "weights_from_neurons",
 ]

@@ -10,17 +10,103 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from cvxdistill.solvers.problem import GatedReLUProblem, residual_and_adjoint
+from cvxdistill.solvers.cone_projector import ConeProjector
+from cvxdistill.solvers.problem import ConvexProblem
+from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.solver import Solver, State
+
+
+class Composite(Protocol):
+    """A smooth function of predictions A W and a penalty: all that R-FISTA asks for."""
+
+    def prox(self, W: np.ndarray, s: float) -> np.ndarray:
+        """argmin over V of 1/2 ||V - W||^2 + s alpha Omega(V), within any constraints."""
+        ...
+
+    def forward(self, W: np.ndarray) -> np.ndarray:
+        """A W."""
+        ...
+
+    def residual(self, Z: np.ndarray) -> np.ndarray:
+        """R such that C = adjoint(R) is minus the gradient in W."""
+        ...
+
+    def adjoint(self, R: np.ndarray) -> np.ndarray:
+        """C, of the shape of W."""
+        ...
+
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray) -> float:
+        """Bregman distance of the smooth function from Z to Z_new."""
+        ...
+
+
+class PlainComposite:
+    """A programme without constraints."""
+
+    def __init__(self, problem: ConvexProblem, alpha: float):
+        self.problem = problem
+        self.alpha = alpha
+
+    def prox(self, W: np.ndarray, s: float) -> np.ndarray:
+        """Proximal operator of s alpha Omega."""
+        return self.problem.regularizer.prox(W, s * self.alpha)
+
+    def forward(self, W: np.ndarray) -> np.ndarray:
+        """A W."""
+        return self.problem.forward(W)
+
+    def residual(self, Z: np.ndarray) -> np.ndarray:
+        """-n grad L at the best intercept."""
+        return self.problem.residual(Z)
+
+    def adjoint(self, R: np.ndarray) -> np.ndarray:
+        """A^T R / n."""
+        return self.problem.adjoint(R)
+
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray) -> float:
+        """Bregman distance of the loss."""
+        return self.problem.bregman(Z_new, Z)
+
+
+class ConeComposite(PlainComposite):
+    """The programme of a ReLU network, whose proximal steps end in the cones.
+
+    For a penalty of lengths the proximal operator is that of the penalty after the projection on
+    to the cones. A column w + s M, M = X^T S_j Lambda_j with the multipliers of an earlier
+    projection, is no shorter than the projection of w; if the penalty makes it 0, nothing
+    has to be projected.
+    """
+
+    def __init__(self, problem: ReLUProblem, alpha: float):
+        super().__init__(problem, alpha)
+        if not problem.regularizer.of_lengths:
+            raise ValueError(
+                "RFISTA solves ReLU programmes whose penalty is of lengths of columns (neuron, "
+                f"gate, ridge, none), got {problem.regularizer}; use AugmentedLagrangian or ADMM."
+            )
+        self.projector: ConeProjector = problem.projector()
+        self._M = problem.zeros()
+
+    def prox(self, W: np.ndarray, s: float) -> np.ndarray:
+        """Projection on to the cones, then proximal operator of s alpha Omega."""
+        size = np.asarray(s, W.dtype)
+        t = s * self.alpha
+        wanted = ~self.problem.regularizer.surely_zero(W + size * self._M, t)
+        V = self.projector(W, wanted)
+        shares = np.where(wanted[:, None, :], (V - W) / size, self._M)
+        self._M = shares
+        return self.problem.regularizer.prox(V, t)
 
 
 @dataclass
 class FISTAState(State):
     """State of R-FISTA: W is the extrapolated point and ZW its predictions."""
 
+    composite: Composite
     W: np.ndarray
     ZW: np.ndarray
     t: float
@@ -62,25 +148,31 @@ class RFISTA(Solver):
         if not self.looseness > 1:
             raise ValueError(f"looseness must exceed 1, got {self.looseness!r}.")
 
-    def init(self, problem: GatedReLUProblem, alpha: float, V: np.ndarray) -> FISTAState:
-        """Start at V with the exact step size along the gradient there."""
-        Z = problem.operator.forward(V)
-        R, C = residual_and_adjoint(problem, Z)
-        return FISTAState(V, Z, R, C, V, Z, 1.0, _initial_step_size(problem, Z, C))
+    def init(self, problem: ConvexProblem, alpha: float, V: np.ndarray) -> FISTAState:
+        """Start at V.
 
-    def step(self, problem: GatedReLUProblem, alpha: float, state: FISTAState) -> FISTAState:
+        Raises
+        ------
+        ValueError
+            For a ReLU network with a penalty that is not one of lengths of columns.
+        """
+        if isinstance(problem, ReLUProblem):
+            return start(ConeComposite(problem, alpha), problem.feasible(V))
+        return start(PlainComposite(problem, alpha), V)
+
+    def step(self, problem: ConvexProblem, alpha: float, state: FISTAState) -> FISTAState:
         """One accelerated proximal gradient step."""
-        loss, regularizer, A = problem.loss, problem.regularizer, problem.operator
+        composite = state.composite
         W, ZW = state.W, state.ZW
-        R, C = residual_and_adjoint(problem, ZW)
-        ZW_b = ZW + problem.intercept(ZW)
+        R = composite.residual(ZW)
+        C = composite.adjoint(R)
         s = state.step_size
         while True:
-            V = regularizer.prox(W + np.asarray(s, W.dtype) * C, s * alpha)
-            Z = A.forward(V)
+            V = composite.prox(W + np.asarray(s, W.dtype) * C, s)
+            Z = composite.forward(V)
             change = V - W
             length = float(np.vdot(change, change)) / (2 * s)
-            curvature = loss.bregman(Z + problem.intercept(Z), ZW_b, problem.Y)
+            curvature = composite.bregman(Z, ZW)
             if curvature <= length * (1 + 1e-6) or length == 0:
                 break
             s *= self.backtrack
@@ -88,17 +180,22 @@ class RFISTA(Solver):
 
         direction = V - state.V
         if float(np.vdot(change, direction)) < 0:
-            return FISTAState(V, Z, R, C, V, Z, 1.0, next_s)
+            return FISTAState(V, Z, R, C, composite, V, Z, 1.0, next_s)
         t = (1 + math.sqrt(1 + 4 * state.t**2)) / 2
         momentum = np.asarray((state.t - 1) / t, V.dtype)
         W = V + momentum * direction
         ZW = Z + momentum * (Z - state.Z)
-        return FISTAState(V, Z, R, C, W, ZW, t, next_s)
+        return FISTAState(V, Z, R, C, composite, W, ZW, t, next_s)
 
 
-def _initial_step_size(problem: GatedReLUProblem, Z: np.ndarray, C: np.ndarray) -> float:
-    """||C||^2 / (2 bregman(A C)): the inverse curvature along the gradient, no smaller than 1/L."""
-    ZC = problem.operator.forward(C)
-    curvature = 2 * problem.loss.bregman(Z + ZC, Z, problem.Y)
+def start(composite: Composite, V: np.ndarray) -> FISTAState:
+    """The state of R-FISTA at V, with the exact step size along the gradient there."""
+    Z = composite.forward(V)
+    R = composite.residual(Z)
+    C = composite.adjoint(R)
+    # ||C||^2 / (2 bregman): the inverse curvature along the gradient, no smaller than 1/L.
+    curvature = 2 * composite.bregman(Z + composite.forward(C), Z)
     squares = float(np.vdot(C, C))
-    return squares / curvature if curvature > 0 else 1.0
+    return FISTAState(
+        V, Z, R, C, composite, V, Z, 1.0, squares / curvature if curvature > 0 else 1.0
+    )

@@ -37,8 +37,8 @@ def as_weights(V: Any, dtype: Any) -> np.ndarray:
     return weights
 
 
-def _flat(V: np.ndarray) -> np.ndarray:
-    """View of weights (p, d, c) as the matrix (p c, d)."""
+def flat_weights(V: np.ndarray) -> np.ndarray:
+    """Weights (p, d, c) as the matrix (p c, d)."""
     p, d, c = V.shape
     return np.ascontiguousarray(V.transpose(0, 2, 1)).reshape(p * c, d)
 
@@ -87,7 +87,7 @@ class GatedOperator:
         active = np.flatnonzero(V.any(axis=(1, 2)))
         if len(active) == 0:
             return Z
-        W = _flat(V if len(active) == self.p else V[active])
+        W = flat_weights(V if len(active) == self.p else V[active])
         if self.scale is not None:
             W = W / self.scale
 
@@ -95,7 +95,7 @@ class GatedOperator:
             for rows in blocks:
                 _add_masked(np.dot(self.X[rows], W.T), self.D[rows], active, Z[rows])
 
-        self._for_blocks(work, len(W))
+        self.for_row_blocks(work, len(W))
         return Z
 
     def adjoint(self, R: np.ndarray) -> np.ndarray:
@@ -112,68 +112,47 @@ class GatedOperator:
                 C += np.dot(spread.T, self.X[rows], out=product)
             return C
 
-        C, *others = self._for_blocks(work, self.p * c)
+        C, *others = self.for_row_blocks(work, self.p * c)
         for other in others:
             C += other
         if self.scale is not None:
             C /= self.scale
         return C.reshape(self.p, c, self.d).transpose(0, 2, 1)
 
-    def contribution_gram(
-        self, U: np.ndarray, gates: np.ndarray, *, center: bool, per_output: bool
-    ) -> np.ndarray:
-        """Inner products of what single gates contribute: T_i . T_j, with T_j = diag(D_j) X U[j].
+    def contributions(self, W: np.ndarray, gates: np.ndarray, rows: slice) -> np.ndarray:
+        """T_g = diag(D[:, g]) X W_g on a block of rows, of shape (rows, m, c).
 
         Parameters
         ----------
-        U : ndarray of shape (p, d, c)
+        W : ndarray of shape (m, d, c)
+            Weights of the gates alone.
         gates : ndarray of int, shape (m,)
-            The gates to take.
-        center : bool
-            Subtract the column means of each T_j (n, c) first.
-        per_output : bool
-            Keep the outputs apart, instead of summing over them.
-
-        Returns
-        -------
-        ndarray of shape (c, m, m) or (1, m, m), float64
+        rows : slice
         """
-        m, c = len(gates), U.shape[2]
-        W = _flat(U[gates])
+        flat = flat_weights(W)
         if self.scale is not None:
-            W = W / self.scale
+            flat = flat / self.scale
+        T = np.dot(self.X[rows], flat.T).reshape(-1, *W.shape[::2])
+        T *= self.D[rows][:, gates, None]
+        return T
 
-        def work(blocks: list[slice]) -> tuple[np.ndarray, np.ndarray]:
-            gram, total = np.zeros((c if per_output else 1, m, m)), np.zeros((m, c))
-            for rows in blocks:
-                T = np.dot(self.X[rows], W.T).reshape(-1, m, c)
-                T *= self.D[rows][:, gates, None]
-                total += T.sum(axis=0)
-                T = T.transpose(2, 0, 1) if per_output else T.transpose(0, 2, 1).reshape(1, -1, m)
-                gram += np.matmul(T.transpose(0, 2, 1), T)
-            return gram, total
+    @property
+    def n_blocks(self) -> int:
+        """Number p of gates."""
+        return self.p
 
-        (gram, total), *others = self._for_blocks(work, m * c)
-        for other_gram, other_total in others:
-            gram += other_gram
-            total += other_total
-        if center:
-            means = np.einsum("ik,jk->kij", total, total) / self.n
-            gram -= means if per_output else means.sum(axis=0)
-        return gram
+    def gate_gradient_norms(self, R: np.ndarray) -> np.ndarray:
+        """Frobenius norm of X^T diag(D[:, j]) R for each gate, of shape (p,)."""
+        C = self.adjoint(R)
+        return np.sqrt(np.einsum("pdc,pdc->p", C, C))
 
-    def _for_blocks(self, work: Callable[[list[slice]], Any], width: int) -> list[Any]:
+    def for_row_blocks(self, work: Callable[[list[slice]], Any], width: int) -> list[Any]:
         """Call ``work`` on runs of row blocks, one run a thread, BLAS held to one thread each."""
         blocks = list(row_blocks(self.n, width, self.dtype))
         if self.n * self.d * width < SMALLEST_PARALLEL_WORK:
             return [work(blocks)]
         with one_blas_thread():
             return run_in_threads(work, blocks)
-
-    def gate_gradient_norms(self, R: np.ndarray) -> np.ndarray:
-        """Frobenius norm of X^T diag(D[:, j]) R for each gate, of shape (p,)."""
-        C = self.adjoint(R)
-        return np.sqrt(np.einsum("pdc,pdc->p", C, C))
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})

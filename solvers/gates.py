@@ -13,55 +13,11 @@ import numpy as np
 from cvxdistill.solvers.rows import RowSource, check_rows, row_blocks
 
 
-def sample_gates(
-    n_features: int,
-    n_gates: int,
-    *,
-    bias: bool = False,
-    always_on: bool = False,
-    random_state: int | np.random.Generator | None = None,
-    dtype: Any = np.float64,
-) -> np.ndarray:
-    """Sample gates with independent standard normal entries.
-
-    Parameters
-    ----------
-    n_features : int
-        Number d of columns of X.
-    n_gates : int
-        Number p of gates.
-    bias : bool, default=False
-        Add a last row with a standard normal bias for each gate.
-    always_on : bool, default=False
-        Put one more gate, which is on for every input (all zeros), before the sampled ones.
-    random_state : int, Generator or None
-        Seed. The same seed gives the same gates.
-    dtype : dtype, default=float64
-        float32 or float64.
-
-    Returns
-    -------
-    ndarray of shape (d, p) or (d + 1, p)
-        One gate a column; p + 1 columns with ``always_on``.
-
-    Raises
-    ------
-    ValueError
-        If a size is not positive.
-
-    References
-    ----------
-    Mishkin, Sahiner and Pilanci 2022, section 2 (sampled gates); Varshney and Pilanci 2024,
-    theorem 2.
-    """
-    for name, size in (("n_features", n_features), ("n_gates", n_gates)):
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}.")
-    rng = np.random.default_rng(random_state)
-    G = rng.standard_normal((n_features + bool(bias), n_gates))
-    if always_on:
-        G = np.hstack([np.zeros((len(G), 1)), G])
-    return G.astype(dtype, copy=False)
+def check_count(name: str, value: Any) -> int:
+    """Return ``value`` as an int if it is a positive integer, or raise a ValueError."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    return int(value)
 
 
 def check_gates(G: Any, n_features: int, dtype: Any = None) -> np.ndarray:

@@ -1,81 +1,305 @@
-"""Losses L(Z, Y), averaged over examples, with what solvers and certificates ask of them.
+"""Losses l(z, y) of one example, with what solvers and certificates ask of them.
 
-A loss is one small frozen class with five methods; every solver takes every loss.
+A loss is one small frozen class whose methods work on all rows of Z (n, c) and Y (n, c) at once.
+Averages, sample weights and intercepts are the subject of ``cvxdistill.solvers.average_loss``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
+from scipy.special import expit, log_softmax, logsumexp, softmax, xlogy
 
 
 class Loss(Protocol):
-    """A convex loss of predictions Z (n, c) and targets Y (n, c), averaged over the n examples."""
+    """A convex, smooth loss of predictions z and targets y in R^c."""
 
-    def value(self, Z: np.ndarray, Y: np.ndarray) -> float:
-        """L(Z, Y)."""
+    @property
+    def smoothness(self) -> float:
+        """Largest eigenvalue that the Hessian in z can have."""
+        ...
+
+    def check_targets(self, Y: np.ndarray, fit_intercept: bool = False) -> None:
+        """Raise ValueError if Y (n, c) cannot be the targets, or would have no best intercept."""
+        ...
+
+    def value(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """l(z, y), of shape (n,)."""
         ...
 
     def residual(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
-        """-n times the gradient of L in Z, of shape (n, c)."""
+        """Minus the gradient of l in z, of shape (n, c)."""
         ...
 
-    def bregman(self, Z_new: np.ndarray, Z: np.ndarray, Y: np.ndarray) -> float:
-        """L(Z_new) - L(Z) - <grad L(Z), Z_new - Z>."""
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """l(z_new) - l(z) - <grad l(z), z_new - z>, of shape (n,), without cancellation."""
         ...
 
-    def best_intercept(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
-        """argmin over b of L(Z + 1 b^T, Y), of shape (c,)."""
+    def hessian(self, R: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Hessian in z where the residual is R: its diagonal (n, c), or whole, (n, c, c)."""
         ...
 
-    def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> float:
-        """L(Z) + L*(-theta / n) + <Z, theta> / n, which is never negative."""
+    def conjugate(self, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """sup over z of <-theta, z> - l(z, y), of shape (n,); infinite outside its domain."""
         ...
 
-    def dual_value(self, theta: np.ndarray, Y: np.ndarray) -> float:
-        """-L*(-theta / n), with L* the convex conjugate."""
+    def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """l(z) + l*(-theta) + <z, theta>, of shape (n,), never negative, without cancellation."""
         ...
-
-
-def _sum_of_squares(A: np.ndarray) -> float:
-    """Sum of squares, accumulated in float64."""
-    if A.dtype == np.float64:
-        return float(np.vdot(A, A))
-    return float(np.einsum("i,i->", A.ravel(), A.ravel(), dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class SquaredLoss:
-    """L(Z, Y) = 1/(2n) ||Z - Y||_F^2."""
+    """l(z, y) = 1/2 ||z - y||^2."""
 
-    def value(self, Z: np.ndarray, Y: np.ndarray) -> float:
-        """Return 1/(2n) ||Z - Y||_F^2."""
-        return _sum_of_squares(Z - Y) / (2 * len(Y))
+    smoothness: ClassVar[float] = 1.0
+
+    def check_targets(self, Y: np.ndarray, fit_intercept: bool = False) -> None:
+        """Any numbers will do."""
+
+    def value(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return 1/2 ||z - y||^2."""
+        return _half_squares(Z - Y)
 
     def residual(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
-        """Return Y - Z."""
+        """Return y - z."""
         return Y - Z
 
-    def bregman(self, Z_new: np.ndarray, Z: np.ndarray, Y: np.ndarray) -> float:
-        """Return 1/(2n) ||Z_new - Z||_F^2: no cancellation, however close the two are."""
-        return _sum_of_squares(Z_new - Z) / (2 * len(Y))
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return 1/2 ||z_new - z||^2."""
+        return _half_squares(Z_new - Z)
 
-    def best_intercept(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
-        """Return the column means of Y - Z."""
-        return np.mean(Y - Z, axis=0, dtype=np.float64).astype(Y.dtype)
+    def hessian(self, R: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return ones: the diagonal of the identity."""
+        return np.ones_like(R)
 
-    def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> float:
-        """Return 1/(2n) ||Y - Z - theta||_F^2."""
-        return _sum_of_squares(Y - Z - theta) / (2 * len(Y))
+    def conjugate(self, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return <theta, theta / 2 - y>."""
+        return np.einsum("nc,nc->n", theta, theta / 2 - Y)
 
-    def dual_value(self, theta: np.ndarray, Y: np.ndarray) -> float:
-        """Return (||Y||^2 - ||Y - theta||^2) / (2n) = <theta, 2 Y - theta> / (2n)."""
-        return float(np.sum(theta * (2 * Y - theta), dtype=np.float64)) / (2 * len(Y))
+    def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return 1/2 ||y - z - theta||^2."""
+        return _half_squares(Y - Z - theta)
 
 
-LOSSES: dict[str, Loss] = {"squared": SquaredLoss()}
+@dataclass(frozen=True)
+class HuberLoss:
+    """l(z, y) = sum_k h(y_k - z_k), with h(u) = u^2 / 2 up to |u| = delta and a line beyond.
+
+    Parameters
+    ----------
+    delta : float, default=1.35
+        In units of the targets; nothing is scaled.
+
+    References
+    ----------
+    Huber 1964; the default is that of scikit-learn's HuberRegressor, without its scale estimate.
+    """
+
+    delta: float = 1.35
+    smoothness: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.delta < np.inf:
+            raise ValueError(f"delta must be positive and finite, got {self.delta!r}.")
+
+    def check_targets(self, Y: np.ndarray, fit_intercept: bool = False) -> None:
+        """Any numbers will do."""
+
+    def value(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return sum_k h(y_k - z_k)."""
+        U = Y - Z
+        psi = self._clip(U)
+        return np.einsum("nc,nc->n", psi, U - psi / 2)
+
+    def residual(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return y - z clipped to [-delta, delta]."""
+        return self._clip(Y - Z)
+
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return the Fenchel gap between z_new and the gradient at z."""
+        return self.fenchel_gap(Z_new, self._clip(Y - Z), Y)
+
+    def hessian(self, R: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return the diagonal: 1 where |r| < delta, else 0."""
+        return (np.abs(R) < self.delta * (1 - _slack(R))).astype(R.dtype)
+
+    def conjugate(self, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return <theta, theta / 2 - y> where every |theta_k| <= delta."""
+        inside = (np.abs(theta) <= self.delta * (1 + _slack(theta))).all(axis=1)
+        return np.where(inside, np.einsum("nc,nc->n", theta, theta / 2 - Y), np.inf)
+
+    def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return sum_k (psi - theta)((psi - theta)/2 + u - psi), u = y - z, psi = u clipped."""
+        U = Y - Z
+        psi = self._clip(U)
+        change = psi - theta
+        return np.einsum("nc,nc->n", change, change / 2 + (U - psi))
+
+    def _clip(self, U: np.ndarray) -> np.ndarray:
+        return np.clip(U, -self.delta, self.delta)
+
+
+@dataclass(frozen=True)
+class LogisticLoss:
+    """l(z, y) = log(1 + exp(-y z)), one column, y = -1 or +1."""
+
+    smoothness: ClassVar[float] = 0.25
+
+    def check_targets(self, Y: np.ndarray, fit_intercept: bool = False) -> None:
+        """Raise ValueError unless Y is one column of -1 and +1."""
+        if Y.shape[1] != 1 or not (np.abs(Y) == 1).all():
+            raise ValueError(
+                "The logistic loss needs Y of one column that holds only -1 and +1, got "
+                f"{Y.shape[1]} column(s) with values from {Y.min():g} to {Y.max():g}; use "
+                "'multinomial' with one-hot rows for more classes."
+            )
+        if fit_intercept and np.ptp(Y) == 0:
+            raise ValueError(
+                "With an intercept the logistic loss needs examples of both classes in Y, got only "
+                f"{Y[0, 0]:g}."
+            )
+
+    def value(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return log(1 + exp(-y z)), for any margin."""
+        return np.logaddexp(0, -(Y * Z)[:, 0])
+
+    def residual(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return y / (1 + exp(y z))."""
+        return Y * expit(-Y * Z)
+
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return log(1 - q + q exp(e)) - q e, with q = 1 / (1 + exp(y z)), e = y (z - z_new)."""
+        margin, change = Y * Z, Y * (Z - Z_new)
+        log_P = -np.logaddexp(0, np.hstack([-margin, margin]))
+        return _log_partition_bregman(log_P, np.hstack([np.zeros_like(change), change]))
+
+    def hessian(self, R: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return q (1 - q) with q = y r."""
+        q = np.clip(Y * R, 0, 1)
+        return q * (1 - q)
+
+    def conjugate(self, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return q log q + (1 - q) log(1 - q), q = y theta in [0, 1]."""
+        q = (Y * theta)[:, 0]
+        inside = (q >= -_slack(q)) & (q <= 1 + _slack(q))
+        q = np.clip(q, 0, 1)
+        return np.where(inside, xlogy(q, q) + xlogy(1 - q, 1 - q), np.inf)
+
+    def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return the relative entropy between y theta and 1 / (1 + exp(y z))."""
+        q, margin = (Y * theta)[:, 0], (Y * Z)[:, 0]
+        return _relative_entropy(q, -margin) + _relative_entropy(1 - q, margin)
+
+
+@dataclass(frozen=True)
+class MultinomialLoss:
+    """l(z, y) = log(sum_k exp(z_k)) - <y, z>, y one-hot or any probabilities."""
+
+    smoothness: ClassVar[float] = 0.5
+
+    def check_targets(self, Y: np.ndarray, fit_intercept: bool = False) -> None:
+        """Raise ValueError unless the rows of Y are probabilities of at least two classes."""
+        if Y.shape[1] < 2 or (Y < 0).any() or (np.abs(Y.sum(axis=1) - 1) > 1e-5).any():
+            raise ValueError(
+                "The multinomial loss needs rows of Y that are probabilities of at least two "
+                "classes, one-hot for labels: not negative, with sum 1; got "
+                f"{Y.shape[1]} column(s) with values from {Y.min():g} to {Y.max():g}."
+            )
+        if fit_intercept and not Y.any(axis=0).all():
+            missing = np.flatnonzero(~Y.any(axis=0))
+            raise ValueError(
+                "With an intercept the multinomial loss needs examples of every class, got none of "
+                f"columns {missing.tolist()} of Y."
+            )
+
+    def value(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return log(sum_k exp(z_k - <y, z>)), for any margin."""
+        return logsumexp(Z - np.einsum("nc,nc->n", Y, Z)[:, None], axis=1)
+
+    def residual(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return y - softmax(z)."""
+        return Y - softmax(Z, axis=1)
+
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return the relative entropy between the softmax of z and of z_new."""
+        return _log_partition_bregman(log_softmax(Z, axis=1), Z_new - Z)
+
+    def hessian(self, R: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return diag(q) - q q^T with q = y - r, of shape (n, c, c)."""
+        Q = np.clip(Y - R, 0, 1)
+        H = -np.einsum("nk,nl->nkl", Q, Q)
+        H[:, np.arange(Q.shape[1]), np.arange(Q.shape[1])] += Q
+        return H
+
+    def conjugate(self, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return sum_k q_k log q_k, q = y - theta a probability."""
+        Q = Y - theta
+        inside = _is_probability(Q)
+        Q = np.maximum(Q, 0)
+        return np.where(inside, xlogy(Q, Q).sum(axis=1), np.inf)
+
+    def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return the relative entropy between y - theta and the softmax of z."""
+        Q = Y - theta
+        log_P = log_softmax(Z, axis=1)
+        inside = _is_probability(Q)
+        Q = np.maximum(Q, 0)
+        return np.where(inside, (xlogy(Q, Q) - Q * log_P).sum(axis=1), np.inf)
+
+
+def _slack(A: np.ndarray) -> float:
+    """What rounding may add to a number on the boundary of a conjugate's domain."""
+    return 16 * float(np.finfo(A.dtype).eps)
+
+
+def _is_probability(Q: np.ndarray) -> np.ndarray:
+    """Which rows of Q are probabilities, but for rounding and what ``check_targets`` lets pass."""
+    return (-_slack(Q) <= Q).all(axis=1) & (np.abs(Q.sum(axis=1) - 1) <= 1e-4)
+
+
+def _half_squares(A: np.ndarray) -> np.ndarray:
+    """1/2 ||a||^2 of each row."""
+    return np.einsum("nc,nc->n", A, A) / 2
+
+
+def _relative_entropy(q: np.ndarray, logit: np.ndarray) -> np.ndarray:
+    """q log(q / s) with s = 1 / (1 + exp(-logit)), for any logit; infinite for negative q."""
+    log_s = -np.logaddexp(0, -logit)
+    value = xlogy(np.maximum(q, 0), np.maximum(q, 0)) - np.maximum(q, 0) * log_s
+    return np.where(q < -_slack(q), np.inf, value)
+
+
+def _log_partition_bregman(log_P: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """log(sum_k p_k exp(e_k)), e = change - <p, change>: the sum is 1 + O(e^2), kept so."""
+    P = np.exp(log_P)
+    E = change - np.einsum("nc,nc->n", P, change)[:, None]
+    small = np.abs(E).max(axis=1) < 0.5
+    out = np.empty(len(P))
+    E_small = E[small].astype(np.float64)
+    out[small] = np.log1p(np.sum(P[small] * _expm1_minus_identity(E_small), axis=1))
+    # Not from P: what underflows there may be what the change brings to the fore.
+    out[~small] = logsumexp(log_P[~small] + E[~small], axis=1)
+    return out
+
+
+def _expm1_minus_identity(E: np.ndarray) -> np.ndarray:
+    """exp(e) - 1 - e for |e| < 1/2, by its series: the difference itself loses all digits."""
+    total, term = np.zeros_like(E), E.copy()
+    for k in range(2, 15):
+        term = term * E / k
+        total += term
+    return total
+
+
+LOSSES: dict[str, Loss] = {
+    "squared": SquaredLoss(),
+    "huber": HuberLoss(),
+    "logistic": LogisticLoss(),
+    "multinomial": MultinomialLoss(),
+}
 
 
 def find_loss(loss: str | Loss) -> Loss:

@@ -1,6 +1,7 @@
-"""Between the convex programme's weights V (p, d, c) and the neurons of a two-layer network.
+"""Between the convex programme's weights and the neurons of a two-layer network.
 
-sum_j diag(D[:, j]) X V[j]  =  sum_h diag(D[:, gate[h]]) (X W1[:, h]) W2[h, :]
+gated ReLU   sum_j diag(D[:, j]) X V[j]  =  sum_h diag(D[:, gate[h]]) (X W1[:, h]) W2[h, :]
+ReLU         sum_j relu(X V[j]) - relu(X U[j])  =  relu(X W1) W2
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from cvxdistill.solvers.gated_operator import GatedOperator, empty_weights
+from cvxdistill.solvers.penalties import PENALTIES
 from cvxdistill.solvers.rows import row_blocks
 
 
 @dataclass(frozen=True, repr=False)
 class Neurons:
-    """The hidden units of a gated ReLU network.
+    """The hidden units of a gated ReLU or a ReLU network.
 
     Attributes
     ----------
@@ -25,7 +27,7 @@ class Neurons:
     W2 : ndarray of shape (m, c)
         Second layer.
     gate : ndarray of int, shape (m,)
-        The gate of each unit.
+        The gate of each unit; in a ReLU network the one whose cone its first layer lies in.
     """
 
     W1: np.ndarray
@@ -49,16 +51,18 @@ def neurons_from_weights(V: Any, penalty: str = "neuron") -> Neurons:
 
     Parameters
     ----------
-    V : array of shape (p, d, c)
-    penalty : {"neuron", "gate", "ridge"}, default="neuron"
+    V : array of shape (p, d, c), or (2, p, d, c) for a ReLU network
+    penalty : str, default="neuron"
         "neuron": each non-zero column v is a unit with first layer v / sqrt(||v||) and output
-        weight sqrt(||v||). Otherwise V[j] = A S B^T (thin SVD) is rank(V[j]) units with first
-        layer A sqrt(S) and second layer sqrt(S) B^T.
+        weight sqrt(||v||). Any other penalty: V[j] = A S B^T (thin SVD) is rank(V[j]) units with
+        first layer A sqrt(S) and second layer sqrt(S) B^T. ReLU networks are always rebuilt
+        column by column, with output weight -sqrt(||u||) for U: singular vectors leave the cones.
 
     Returns
     -------
     Neurons
-        The units in the order of their gates. For "neuron" their weight decay equals R(V).
+        The units in the order of their gates, those of V before those of U. Their weight decay
+        equals R for "neuron", and for "nuclear" with gated ReLU.
 
     Raises
     ------
@@ -70,12 +74,19 @@ def neurons_from_weights(V: Any, penalty: str = "neuron") -> Neurons:
     Varshney and Pilanci 2024, theorem 2; Sahiner et al. 2021, theorem 3.3, for vector outputs.
     """
     V = np.asarray(V)
-    if V.ndim != 3:
-        raise ValueError(f"V must have shape (p, d, c), got {V.shape}.")
+    if V.ndim not in (3, 4) or (V.ndim == 4 and len(V) != 2):
+        raise ValueError(f"V must have shape (p, d, c) or (2, p, d, c), got {V.shape}.")
+    if penalty not in (*PENALTIES, "ridge"):
+        raise ValueError(f"penalty must be one of {[*PENALTIES, 'ridge']}, got {penalty!r}.")
+    if V.ndim == 4:
+        plus, minus = map(_neurons_of_columns, V)
+        return Neurons(
+            np.hstack([plus.W1, minus.W1]),
+            np.vstack([plus.W2, -minus.W2]),
+            np.concatenate([plus.gate, minus.gate]),
+        )
     if penalty == "neuron":
         return _neurons_of_columns(V)
-    if penalty not in ("gate", "ridge"):
-        raise ValueError(f"penalty must be 'neuron', 'gate' or 'ridge', got {penalty!r}.")
     first, second, gate = [], [], []
     for j in np.flatnonzero(V.any(axis=(1, 2))):
         A, S, Bt = np.linalg.svd(V[j], full_matrices=False)

@@ -1,20 +1,30 @@
 """Penalties on the weights V (p, d, c), and their blend with a ridge.
 
 A penalty is one small frozen class: its value, its proximal operator and its dual norm. The
-solvers only see a ``Regularizer``: rho R(V) + (1 - rho)/2 ||V||_F^2.
+solvers only see a ``Regularizer``: rho R(V) + (1 - rho)/2 ||V||_F^2. For ReLU networks the p
+blocks are those of V and of U.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 
 class Penalty(Protocol):
-    """A norm R(V) that adds up over gates."""
+    """A norm R(V) of all weights."""
+
+    @property
+    def of_lengths(self) -> bool:
+        """Whether R is a sum of Euclidean norms of whole columns or groups of whole columns.
+
+        Then the proximal operator of R on a product of cones is that of R after the projection,
+        and the best multipliers of the cones are those of the projection.
+        """
+        ...
 
     def value(self, V: np.ndarray) -> float:
         """R(V)."""
@@ -28,10 +38,11 @@ class Penalty(Protocol):
         """R°(C), the largest <C, V> over R(V) <= 1."""
         ...
 
-    def polar(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def polar(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """R° of each group, of shape (p,) or (p, c), and U (p, d, c) that attains it.
 
-        <U_g, C_g> = R°(C_g) and R(U_g) = 1 for each group g with C_g != 0.
+        <U_g, C_g> = R°(C_g) and R(U_g) = 1 for each group g with C_g != 0. None where groups are
+        not gates, or the outputs of gates: then dual points are not corrected.
         """
         ...
 
@@ -46,6 +57,8 @@ def _shrink(norms: np.ndarray, t: float) -> np.ndarray:
 @dataclass(frozen=True)
 class NeuronPenalty:
     """R(V) = sum_j sum_k ||V[j, :, k]||_2: each output has its own neurons ("one-vs-all")."""
+
+    of_lengths: ClassVar[bool] = True
 
     def _norms(self, V: np.ndarray) -> np.ndarray:
         return np.sqrt(np.einsum("pdc,pdc->pc", V, V))
@@ -72,6 +85,8 @@ class NeuronPenalty:
 class GatePenalty:
     """R(V) = sum_j ||V[j]||_F: outputs share gates."""
 
+    of_lengths: ClassVar[bool] = True
+
     def _norms(self, V: np.ndarray) -> np.ndarray:
         return np.sqrt(np.einsum("pdc,pdc->p", V, V))
 
@@ -94,6 +109,105 @@ class GatePenalty:
 
 
 @dataclass(frozen=True)
+class NuclearPenalty:
+    """R(V) = sum_j ||V[j]||_*, the sum of singular values: few hidden units a gate."""
+
+    of_lengths: ClassVar[bool] = False
+
+    def value(self, V: np.ndarray) -> float:
+        """Sum of the singular values of all gates."""
+        return float(np.linalg.svd(V, compute_uv=False).sum(dtype=np.float64))
+
+    def prox(self, V: np.ndarray, t: float) -> np.ndarray:
+        """Lower each singular value by t, to no less than 0."""
+        A, S, Bt = np.linalg.svd(V, full_matrices=False)
+        W = np.empty_like(V)
+        W[...] = (A * np.maximum(S - t, 0)[:, None, :]) @ Bt
+        return W
+
+    def dual_norm(self, C: np.ndarray) -> float:
+        """Largest singular value of a gate."""
+        return float(np.linalg.svd(C, compute_uv=False).max())
+
+    def polar(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Spectral norms (p,) and the leading singular pairs u v^T."""
+        A, S, Bt = np.linalg.svd(C, full_matrices=False)
+        U = np.empty_like(C)
+        U[...] = A[:, :, :1] * Bt[:, :1, :]
+        return S[:, 0], U
+
+
+@dataclass(frozen=True)
+class FeaturePenalty:
+    """R(V) = sum_i ||V[:, i, :]||_F: a feature is used by all gates and outputs or by none."""
+
+    of_lengths: ClassVar[bool] = False
+
+    def _norms(self, V: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.einsum("pdc,pdc->d", V, V))
+
+    def value(self, V: np.ndarray) -> float:
+        """Sum of the Frobenius norms of all features."""
+        return float(self._norms(V).sum(dtype=np.float64))
+
+    def prox(self, V: np.ndarray, t: float) -> np.ndarray:
+        """Shrink each feature's Frobenius norm by t."""
+        return V * _shrink(self._norms(V), t)[:, None]
+
+    def dual_norm(self, C: np.ndarray) -> float:
+        """Largest Frobenius norm of a feature."""
+        return float(self._norms(C).max())
+
+    def polar(self, C: np.ndarray) -> None:
+        """Groups are features: None."""
+
+
+@dataclass(frozen=True)
+class L1Penalty:
+    """R(V) = sum of |V[j, i, k]|."""
+
+    of_lengths: ClassVar[bool] = False
+
+    def value(self, V: np.ndarray) -> float:
+        """Sum of absolute values."""
+        return float(np.abs(V).sum(dtype=np.float64))
+
+    def prox(self, V: np.ndarray, t: float) -> np.ndarray:
+        """Lower each absolute value by t, to no less than 0."""
+        t = float(t)  # a NumPy scalar would turn float32 into float64
+        return V - np.clip(V, -t, t)
+
+    def dual_norm(self, C: np.ndarray) -> float:
+        """Largest absolute value."""
+        return float(np.abs(C).max())
+
+    def polar(self, C: np.ndarray) -> None:
+        """Groups are single weights: None."""
+
+
+@dataclass(frozen=True)
+class NoPenalty:
+    """R(V) = 0. No scaling makes a residual dual feasible: solvers stop on the KKT residual."""
+
+    of_lengths: ClassVar[bool] = True
+
+    def value(self, V: np.ndarray) -> float:
+        """Return 0."""
+        return 0.0
+
+    def prox(self, V: np.ndarray, t: float) -> np.ndarray:
+        """Return V."""
+        return V
+
+    def dual_norm(self, C: np.ndarray) -> float:
+        """Infinite but at 0."""
+        return np.inf if C.any() else 0.0
+
+    def polar(self, C: np.ndarray) -> None:
+        """There is no unit ball: None."""
+
+
+@dataclass(frozen=True)
 class Regularizer:
     """Omega(V) = l1_ratio * R(V) + (1 - l1_ratio)/2 * ||V||_F^2, as scikit-learn blends them.
 
@@ -107,6 +221,16 @@ class Regularizer:
 
     penalty: Penalty
     l1_ratio: float = 1.0
+
+    @property
+    def of_lengths(self) -> bool:
+        """Whether Omega only depends on lengths of columns; see ``Penalty.of_lengths``."""
+        return self.l1_ratio == 0 or self.penalty.of_lengths
+
+    @property
+    def bounds_the_dual(self) -> bool:
+        """Whether a residual can be scaled to a dual point: not without any penalty."""
+        return self.l1_ratio < 1 or not isinstance(self.penalty, NoPenalty)
 
     def value(self, V: np.ndarray) -> float:
         """Omega(V)."""
@@ -122,6 +246,15 @@ class Regularizer:
         if self.l1_ratio < 1:
             V = V / np.asarray(1 + t * (1 - self.l1_ratio), dtype=V.dtype)
         return V
+
+    def surely_zero(self, V: np.ndarray, t: float) -> np.ndarray:
+        """Columns (blocks, c) that the proximal operator of Omega makes 0, if R is of lengths."""
+        if self.l1_ratio > 0:
+            polar = self.penalty.polar(V)
+            if polar is not None:
+                norms = polar[0].reshape(len(V), -1)
+                return np.broadcast_to(norms <= t * self.l1_ratio, V.shape[::2])
+        return np.zeros(V.shape[::2], dtype=bool)
 
     def feasible_scale(self, C: np.ndarray, alpha: float) -> float:
         """Largest s <= 1 with a finite conjugate at s C: min(1, alpha / R°(C)) for a pure norm."""
@@ -146,11 +279,20 @@ class Regularizer:
         return float(np.sum(C * C, dtype=np.float64)) / (2 * alpha * (1 - self.l1_ratio))
 
 
-PENALTIES: dict[str, Penalty] = {"neuron": NeuronPenalty(), "gate": GatePenalty()}
+PENALTIES: dict[str, Penalty] = {
+    "neuron": NeuronPenalty(),
+    "gate": GatePenalty(),
+    "nuclear": NuclearPenalty(),
+    "feature": FeaturePenalty(),
+    "l1": L1Penalty(),
+    "none": NoPenalty(),
+}
 
 
 def find_regularizer(penalty: str | Penalty, l1_ratio: float) -> Regularizer:
-    """Return the regulariser of a penalty's name ("ridge" is l1_ratio = 0) or of a penalty.
+    """Return the regulariser of a penalty's name or of a penalty.
+
+    "ridge" is l1_ratio = 0, and "none" has no ridge either, whatever ``l1_ratio`` says.
 
     Raises
     ------
@@ -168,4 +310,6 @@ def find_regularizer(penalty: str | Penalty, l1_ratio: float) -> Regularizer:
         raise ValueError(f"l1_ratio must lie in [0, 1], got {l1_ratio!r}.")
     if penalty == "ridge":
         return Regularizer(GatePenalty(), 0.0)
+    if penalty == "none":
+        return Regularizer(NoPenalty(), 1.0)
     return Regularizer(PENALTIES[penalty] if isinstance(penalty, str) else penalty, float(l1_ratio))

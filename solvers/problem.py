@@ -1,78 +1,66 @@
-"""The convex gated ReLU programme: data, loss and penalty in one object that solvers take.
+"""The convex programmes: data, loss and penalty in one object that solvers take.
 
 minimise over V, b   L(Z, Y) + alpha * sum_j R(V[j]),    Z = sum_j diag(D[:, j]) X V[j] + 1 b^T
+
+``ConvexProblem`` is what the gated ReLU programme, here, shares with that of ReLU networks.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 
+from cvxdistill.solvers.average_loss import AverageLoss
 from cvxdistill.solvers.gated_operator import GatedOperator, as_weights, empty_weights
-from cvxdistill.solvers.losses import Loss, find_loss
+from cvxdistill.solvers.losses import LogisticLoss, Loss, MultinomialLoss, find_loss
 from cvxdistill.solvers.penalties import Penalty, find_regularizer
+from cvxdistill.solvers.relu_operator import ReLUOperator
 from cvxdistill.solvers.rows import RowSource, check_rows, row_blocks
 
 
-class GatedReLUProblem:
-    """C-GReLU for given data and activation patterns; ``alpha`` is left to the solver.
+class ConvexProblem(ABC):
+    """L(Z, Y) + alpha * Omega(W) with Z = A W + 1 b^T; ``alpha`` is left to the solver.
 
-    Parameters
-    ----------
-    X : array or row source of shape (n, d)
-        Inputs, one row an example; float32 or float64. The solution has the same type.
-    Y : array of shape (n,) or (n, c)
-        Targets.
-    D : ndarray of bool, shape (n, p)
-        Activation patterns, from ``activation_patterns``.
-    penalty : {"neuron", "gate", "ridge"} or Penalty, default="neuron"
-        R: the sum of column norms, the Frobenius norm, or 1/2 its square.
-    l1_ratio : float, default=1.0
-        rho in rho R(V) + (1 - rho)/2 ||V||_F^2; "ridge" is rho = 0.
-    loss : {"squared"} or Loss, default="squared"
-        1/(2n) ||Z - Y||_F^2.
-    fit_intercept : bool, default=False
-        Whether there is an unpenalised b.
-    normalize : bool, default=False
-        Penalise the weights of the columns of X scaled to unit Euclidean norm. This is a
-        *different problem*, not a speed-up; weights are returned in the units of X all the same.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If shapes, types or values do not fit; the message names the argument.
-
-    References
-    ----------
-    Mishkin, Sahiner and Pilanci 2022, equation 3; Varshney and Pilanci 2024, theorem 2.
+    Solvers work on weights W of shape (blocks, d, c) in their own units and see the smooth part
+    through ``forward``, ``residual``, ``adjoint`` and ``bregman``, in which the best intercept
+    is already minimised over, and the rest through ``regularizer``.
     """
+
+    operator: GatedOperator | ReLUOperator
 
     def __init__(
         self,
         X: RowSource,
         Y: Any,
-        D: np.ndarray,
         *,
-        penalty: str | Penalty = "neuron",
-        l1_ratio: float = 1.0,
-        loss: str | Loss = "squared",
-        fit_intercept: bool = False,
-        normalize: bool = False,
+        penalty: str | Penalty,
+        l1_ratio: float,
+        loss: str | Loss,
+        fit_intercept: bool,
+        normalize: bool,
+        sample_weight: Any,
     ):
-        X = check_rows(X)
-        self.loss = find_loss(loss)
         self.regularizer = find_regularizer(penalty, l1_ratio)
+        example_loss = find_loss(loss)
+        if not self.regularizer.bounds_the_dual and isinstance(
+            example_loss, (LogisticLoss, MultinomialLoss)
+        ):
+            raise ValueError(
+                "Log loss without a penalty has no minimiser where the gated features separate the "
+                "classes, as they do with enough gates; choose a penalty."
+            )
         self.fit_intercept = bool(fit_intercept)
         self.scale = _column_norms(X) if normalize else None
-        self.operator = GatedOperator(X, D, scale=self.scale)
-        self.Y = _check_targets(Y, self.operator.n, self.operator.dtype)
+        self.Y = _check_targets(Y, X.shape[0], X.dtype)
+        self.loss = AverageLoss(example_loss, self.Y, sample_weight, self.fit_intercept)
 
     def __repr__(self) -> str:
         A = self.operator
         return (
-            f"GatedReLUProblem(n={A.n}, d={A.d}, p={A.p}, c={self.n_outputs}, "
-            f"regularizer={self.regularizer}, loss={self.loss}, "
+            f"{type(self).__name__}(n={A.n}, d={A.d}, p={A.p}, c={self.n_outputs}, "
+            f"regularizer={self.regularizer}, loss={self.loss.loss}, "
             f"fit_intercept={self.fit_intercept})"
         )
 
@@ -86,58 +74,163 @@ class GatedReLUProblem:
         """Type of the data and of the weights."""
         return self.operator.dtype
 
+    @property
+    @abstractmethod
+    def weights_shape(self) -> tuple[int, ...]:
+        """Shape of the weights that users see."""
+
     def zeros(self) -> np.ndarray:
-        """Weights V = 0 of shape (p, d, c)."""
-        V = empty_weights(self.operator.p, self.operator.d, self.n_outputs, self.dtype)
-        V[...] = 0
-        return V
+        """Weights W = 0 of shape (blocks, d, c)."""
+        A = self.operator
+        W = empty_weights(A.n_blocks, A.d, self.n_outputs, self.dtype)
+        W[...] = 0
+        return W
 
     def weights_from_user(self, V: Any) -> np.ndarray:
-        """Copy weights in the units of X into the solver's units and memory order."""
-        V = as_weights(_check_weights(V, self), self.dtype)
+        """Copy weights in the units of X into the solver's units, shape and memory order."""
+        V = _check_weights(V, self.weights_shape)
+        V = V.reshape(self.operator.n_blocks, *V.shape[-2:])
+        V = as_weights(V, self.dtype)
         return V if self.scale is None else V * self.scale[:, None]
 
-    def weights_to_user(self, V: np.ndarray) -> np.ndarray:
-        """Weights in the units of X."""
-        return V if self.scale is None else V / self.scale[:, None]
+    def weights_to_user(self, W: np.ndarray) -> np.ndarray:
+        """Weights in the units of X and the shape that users see."""
+        W = W if self.scale is None else W / self.scale[:, None]
+        return W.reshape(self.weights_shape)
+
+    def forward(self, W: np.ndarray) -> np.ndarray:
+        """Predictions A W of shape (n, c), without intercept."""
+        return self.operator.forward(W)
+
+    def residual(self, Z: np.ndarray) -> np.ndarray:
+        """-n grad L(Z + 1 b^T) with b the best intercept, of shape (n, c)."""
+        return self.loss.residual(Z + self.intercept(Z))
+
+    def adjoint(self, R: np.ndarray) -> np.ndarray:
+        """C = A^T R / n, of shape (blocks, d, c)."""
+        C = self.operator.adjoint(R)
+        C /= self.operator.n
+        return C
+
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray) -> float:
+        """Bregman distance of min over b of L(Z + 1 b^T) from Z to Z_new."""
+        return self.loss.bregman(Z_new + self.intercept(Z_new), Z + self.intercept(Z))
 
     def intercept(self, Z: np.ndarray) -> np.ndarray:
         """Best intercept b (c,) for the predictions Z without one; zero if none is fitted."""
         if self.fit_intercept:
-            return self.loss.best_intercept(Z, self.Y)
+            return self.loss.best_intercept(Z)
         return np.zeros(self.n_outputs, dtype=self.dtype)
 
     def predict(self, V: Any, intercept: Any = 0.0) -> np.ndarray:
-        """Z = sum_j diag(D[:, j]) X V[j] + 1 b^T on the problem's own rows, of shape (n, c)."""
-        return self.operator.forward(self.weights_from_user(V)) + np.asarray(intercept, self.dtype)
+        """Predictions of weights in the units of X on the problem's own rows, of shape (n, c)."""
+        return self.forward(self.weights_from_user(V)) + np.asarray(intercept, self.dtype)
 
     def objective(self, V: Any, intercept: Any, alpha: float) -> float:
-        """L(Z, Y) + alpha * sum_j R(V[j]) at weights in the units of X."""
+        """L(Z, Y) + alpha * Omega(V) at weights in the units of X."""
         penalty = self.regularizer.value(self.weights_from_user(V))
-        return self.loss.value(self.predict(V, intercept), self.Y) + alpha * penalty
+        return self.loss.value(self.predict(V, intercept)) + alpha * penalty
+
+    def feasible(self, W: np.ndarray) -> np.ndarray:
+        """Weights nearest to W that meet the programme's constraints: W itself without any."""
+        return W
+
+    def with_multipliers(self, C: np.ndarray, M: np.ndarray | None) -> np.ndarray:
+        """C = A^T R / n with the share of the constraints' multipliers: C itself without any."""
+        return C
+
+    def violation(self, W: np.ndarray) -> float:
+        """Largest violation of the programme's constraints: 0 without any."""
+        return 0.0
 
     def alpha_max(self) -> float:
-        """Smallest alpha at which V = 0 is optimal: max_j R°(C_j at V = 0) / rho.
+        """Alpha at and above which V = 0 is optimal: max_j R°(C_j at V = 0) / rho.
+
+        For ReLU networks that of the gated programme, which has the same optimum of 0 there.
 
         Raises
         ------
         ValueError
-            For a pure ridge, where no finite alpha makes V = 0 optimal.
+            For a pure ridge or no penalty, where no finite alpha makes V = 0 optimal.
         """
-        if self.regularizer.l1_ratio == 0:
-            raise ValueError("alpha_max is infinite for a pure ridge penalty; give alpha yourself.")
-        Z = np.zeros_like(self.Y)
-        C = self.operator.adjoint(self.loss.residual(Z + self.intercept(Z), self.Y))
-        norm = self.regularizer.penalty.dual_norm(C) / self.operator.n
-        return norm / self.regularizer.l1_ratio
+        if self.regularizer.l1_ratio == 0 or not self.regularizer.bounds_the_dual:
+            raise ValueError(
+                "alpha_max is infinite for a pure ridge and without a penalty; give alpha yourself."
+            )
+        C = self.adjoint(self.residual(np.zeros_like(self.Y)))
+        return self.regularizer.penalty.dual_norm(C) / self.regularizer.l1_ratio
 
 
-def residual_and_adjoint(problem: GatedReLUProblem, Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """R = -n grad L(Z + b) (n, c) and C = A^T R / n (p, d, c), with b the best intercept."""
-    R = problem.loss.residual(Z + problem.intercept(Z), problem.Y)
-    C = problem.operator.adjoint(R)
-    C /= problem.operator.n
-    return R, C
+class GatedReLUProblem(ConvexProblem):
+    """C-GReLU for given data and activation patterns.
+
+    Parameters
+    ----------
+    X : array or row source of shape (n, d)
+        Inputs, one row an example; float32 or float64. The solution has the same type.
+    Y : array of shape (n,) or (n, c)
+        Targets: any numbers for "squared" and "huber", one column of -1 and +1 for "logistic",
+        one-hot rows for "multinomial".
+    D : ndarray of bool, shape (n, p)
+        Activation patterns, from ``activation_patterns``.
+    penalty : {"neuron", "gate", "nuclear", "feature", "l1", "ridge", "none"} or Penalty
+        R, by default "neuron", the sum of column norms; or the sum of Frobenius norms of gates, of
+        singular values, of the Frobenius norms of features across gates, of absolute values;
+        1/2 the sum of squares; nothing.
+    l1_ratio : float, default=1.0
+        rho in rho R(V) + (1 - rho)/2 ||V||_F^2; "ridge" is rho = 0.
+    loss : {"squared", "huber", "logistic", "multinomial"} or Loss, default="squared"
+    fit_intercept : bool, default=False
+        Whether there is an unpenalised b.
+    normalize : bool, default=False
+        Penalise the weights of the columns of X scaled to unit Euclidean norm. This is a
+        *different problem*, not a speed-up; weights are returned in the units of X all the same.
+    sample_weight : array of shape (n,), optional
+        Positive weights w; the loss is sum_i w_i l_i / sum_i w_i.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes, types or values do not fit, or log loss has no penalty (it has no minimiser on
+        separable data); the message names the argument.
+
+    References
+    ----------
+    Mishkin, Sahiner and Pilanci 2022, equation 3; Varshney and Pilanci 2024, theorem 2.
+    """
+
+    operator: GatedOperator
+
+    def __init__(
+        self,
+        X: RowSource,
+        Y: Any,
+        D: np.ndarray,
+        *,
+        penalty: str | Penalty = "neuron",
+        l1_ratio: float = 1.0,
+        loss: str | Loss = "squared",
+        fit_intercept: bool = False,
+        normalize: bool = False,
+        sample_weight: Any = None,
+    ):
+        X = check_rows(X)
+        super().__init__(
+            X,
+            Y,
+            penalty=penalty,
+            l1_ratio=l1_ratio,
+            loss=loss,
+            fit_intercept=fit_intercept,
+            normalize=normalize,
+            sample_weight=sample_weight,
+        )
+        self.operator = GatedOperator(X, D, scale=self.scale)
+
+    @property
+    def weights_shape(self) -> tuple[int, int, int]:
+        """(p, d, c)."""
+        return self.operator.p, self.operator.d, self.n_outputs
 
 
 def _check_targets(Y: Any, n: int, dtype: np.dtype) -> np.ndarray:
@@ -156,11 +249,11 @@ def _check_targets(Y: Any, n: int, dtype: np.dtype) -> np.ndarray:
     return Y
 
 
-def _check_weights(V: Any, problem: GatedReLUProblem) -> np.ndarray:
+def _check_weights(V: Any, shape: tuple[int, ...]) -> np.ndarray:
     V = np.asarray(V)
-    shape = (problem.operator.p, problem.operator.d, problem.n_outputs)
     if V.shape != shape:
-        raise ValueError(f"Weights must have shape (p, d, c) = {shape}, got {V.shape}.")
+        names = "(p, d, c)" if len(shape) == 3 else "(2, p, d, c)"
+        raise ValueError(f"Weights must have shape {names} = {shape}, got {V.shape}.")
     if not np.isfinite(V).all():
         raise ValueError("Weights contain NaN or infinity.")
     return V

@@ -13,7 +13,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from cvxdistill.solvers.gated_operator import GatedOperator, empty_weights
 from cvxdistill.solvers.losses import SquaredLoss
-from cvxdistill.solvers.problem import GatedReLUProblem, residual_and_adjoint
+from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.rows import row_blocks
 from cvxdistill.solvers.solver import Solver, State
 
@@ -21,7 +21,9 @@ from cvxdistill.solvers.solver import Solver, State
 MOST_FEATURES = 8192
 
 
-def gram_matrix(operator: GatedOperator, *, center: bool = False) -> np.ndarray:
+def gram_matrix(
+    operator: GatedOperator, *, center: bool = False, weights: np.ndarray | None = None
+) -> np.ndarray:
     """A^T A / n in float64, of shape (p d, p d), from row blocks of A = [D_1 X, ..., D_p X].
 
     Parameters
@@ -29,6 +31,8 @@ def gram_matrix(operator: GatedOperator, *, center: bool = False) -> np.ndarray:
     operator : GatedOperator
     center : bool, default=False
         Subtract the column means of A: what is left when an intercept is minimised over.
+    weights : ndarray of shape (n,), optional
+        Weights of the rows, with mean 1: A^T diag(weights) A / n, and weighted means.
 
     Returns
     -------
@@ -42,8 +46,9 @@ def gram_matrix(operator: GatedOperator, *, center: bool = False) -> np.ndarray:
         if operator.scale is not None:
             X = X / operator.scale
         features = (operator.D[rows][:, :, None] * X[:, None, :]).reshape(len(X), size)
-        gram += features.T @ features
-        mean += features.sum(axis=0)
+        weighted = features if weights is None else features * weights[rows, None]
+        gram += features.T @ weighted
+        mean += weighted.sum(axis=0)
     gram /= operator.n
     if center:
         mean /= operator.n
@@ -71,6 +76,7 @@ class RidgeNewton(Solver):
     tol, max_iter, time_limit, check_every, verbose
         As for every solver; here the gap is computed at every step.
     gram : ndarray of shape (p d, p d), optional
+        With the same centring and sample weights as the problem.
 
     Raises
     ------
@@ -84,8 +90,10 @@ class RidgeNewton(Solver):
 
     def init(self, problem: GatedReLUProblem, alpha: float, V: np.ndarray) -> NewtonState:
         """Form and factor the Hessian."""
+        if not isinstance(problem, GatedReLUProblem):
+            raise ValueError(f"RidgeNewton solves gated ReLU programmes, got {problem!r}.")
         A = problem.operator
-        if problem.regularizer.l1_ratio != 0 or not isinstance(problem.loss, SquaredLoss):
+        if problem.regularizer.l1_ratio != 0 or not isinstance(problem.loss.loss, SquaredLoss):
             raise ValueError(
                 f"RidgeNewton needs penalty='ridge' and the squared loss, got {problem!r}."
             )
@@ -96,10 +104,9 @@ class RidgeNewton(Solver):
             )
         gram = self.gram
         if gram is None:
-            gram = gram_matrix(A, center=problem.fit_intercept)
+            gram = gram_matrix(A, center=problem.fit_intercept, weights=problem.loss.weights)
         hessian = gram + alpha * np.eye(len(gram))
-        Z = A.forward(V)
-        return NewtonState(V, Z, *residual_and_adjoint(problem, Z), cho_factor(hessian))
+        return _state(problem, V, cho_factor(hessian))
 
     def step(self, problem: GatedReLUProblem, alpha: float, state: NewtonState) -> NewtonState:
         """One Newton step."""
@@ -107,5 +114,12 @@ class RidgeNewton(Solver):
         gradient = (alpha * state.V - state.C).reshape(p * d, c)
         V = empty_weights(p, d, c, problem.dtype)
         V[...] = state.V - cho_solve(state.factor, gradient).reshape(p, d, c)
-        Z = problem.operator.forward(V)
-        return NewtonState(V, Z, *residual_and_adjoint(problem, Z), state.factor)
+        return _state(problem, V, state.factor)
+
+
+def _state(
+    problem: GatedReLUProblem, V: np.ndarray, factor: tuple[np.ndarray, bool]
+) -> NewtonState:
+    Z = problem.forward(V)
+    R = problem.residual(Z)
+    return NewtonState(V, Z, R, problem.adjoint(R), factor)

@@ -18,14 +18,17 @@ class Trace:
 
     Attributes
     ----------
-    iteration, objective, gap, active_gates, seconds : ndarray
-        ``gap`` is the best relative duality gap so far; ``seconds`` since the start.
+    iteration, objective, gap, active_gates, violation, seconds : ndarray
+        ``gap`` is the relative duality gap of that iterate with the best dual point so far;
+        ``violation`` that of the cones before the iterate was moved into them (0 for gated
+        ReLU); ``seconds`` since the start.
     """
 
     iteration: np.ndarray
     objective: np.ndarray
     gap: np.ndarray
     active_gates: np.ndarray
+    violation: np.ndarray
     seconds: np.ndarray
 
     def __len__(self) -> int:
@@ -41,14 +44,19 @@ class Solution:
 
     Attributes
     ----------
-    V : ndarray of shape (p, d, c)
-        Weights, in the units of X.
+    V : ndarray of shape (p, d, c), or (2, p, d, c) for ReLU networks
+        Weights, in the units of X; for ReLU networks V, then U.
     intercept : ndarray of shape (c,)
     alpha : float
     objective : float
         P(V, b).
     duality_gap : float
-        Absolute: P(V, b) - P* is at most this.
+        Absolute: P(V, b) - P* is at most this; infinite without a penalty.
+    kkt_residual : float
+        How far V is from the first-order conditions (see ``KKTResidual``); for ReLU networks the
+        larger of that and the relative complementarity <V, X^T S Lambda> / P(V, b).
+    violation : float
+        Largest relative violation of the cones by V; 0 for gated ReLU.
     n_iter : int
     seconds : float
     status : str
@@ -61,6 +69,8 @@ class Solution:
     alpha: float
     objective: float
     duality_gap: float
+    kkt_residual: float
+    violation: float
     n_iter: int
     seconds: float
     status: str
@@ -68,7 +78,7 @@ class Solution:
 
     @property
     def converged(self) -> bool:
-        """Whether the gap is within the solver's tolerance."""
+        """Whether the gap (without a penalty the KKT residual) is within the tolerance."""
         return self.status == CONVERGED
 
     @property
@@ -78,16 +88,19 @@ class Solution:
 
     @property
     def n_active_gates(self) -> int:
-        """Number of gates with V[j] != 0."""
-        return int(self.V.any(axis=(1, 2)).sum())
+        """Number of gates with V[j] != 0 (or U[j] != 0)."""
+        sides = tuple(axis for axis in range(self.V.ndim) if axis != self.V.ndim - 3)
+        return int(self.V.any(axis=sides).sum())
 
     @property
     def message(self) -> str:
         """Why the solver stopped, in a sentence."""
-        return (
-            f"{self.status} after {self.n_iter} iterations and {self.seconds:.2f} s, "
+        reached = (
             f"relative duality gap {self.relative_gap:.1e}"
+            if np.isfinite(self.duality_gap)
+            else f"KKT residual {self.kkt_residual:.1e}"
         )
+        return f"{self.status} after {self.n_iter} iterations and {self.seconds:.2f} s, {reached}"
 
 
 def relative(gap: float, objective: float) -> float:

@@ -10,15 +10,15 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from cvxdistill.solvers import solution as status
-from cvxdistill.solvers.certificate import DualCertificate
-from cvxdistill.solvers.problem import GatedReLUProblem
+from cvxdistill.solvers.certificate import DualCertificate, KKTResidual
+from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.solution import Solution, Trace, relative
 from cvxdistill.solvers.threads import one_blas_thread
 
@@ -29,19 +29,22 @@ class State:
 
     Attributes
     ----------
-    V : ndarray of shape (p, d, c)
+    V : ndarray of shape (blocks, d, c)
         Weights, in the solver's units.
     Z : ndarray of shape (n, c)
         Their predictions, without intercept.
-    R, C : ndarray of shapes (n, c) and (p, d, c)
+    R, C : ndarray of shapes (n, c) and (blocks, d, c)
         The last residual that the solver computed, anywhere near V, and A^T R / n: a direction
         for a dual point.
+    M : ndarray of shape (blocks, d, c), optional
+        X^T S_j Lambda_j with the solver's multipliers Lambda >= 0 of the cones of a ReLU network.
     """
 
     V: np.ndarray
     Z: np.ndarray
     R: np.ndarray
     C: np.ndarray
+    M: np.ndarray | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,11 @@ class Progress:
     iteration : int
     objective : float
     gap : float
-        Relative duality gap.
+        Relative duality gap; infinite without a penalty.
     active_gates : int
+        Blocks of weights that are not zero.
+    violation : float
+        Of the cones, before the iterate is moved into them; 0 for gated ReLU.
     seconds : float
     """
 
@@ -62,6 +68,7 @@ class Progress:
     objective: float
     gap: float
     active_gates: int
+    violation: float
     seconds: float
 
 
@@ -75,7 +82,8 @@ class Solver(ABC):
     Parameters
     ----------
     tol : float, default=1e-4
-        Stop when the duality gap is at most tol * P(V).
+        Stop when the duality gap is at most tol * P(V), or, without a penalty, the KKT residual
+        at most tol.
     max_iter : int, default=10_000
     time_limit : float, optional
         Seconds.
@@ -102,16 +110,16 @@ class Solver(ABC):
             raise ValueError(f"time_limit must be positive or None, got {self.time_limit!r}.")
 
     @abstractmethod
-    def init(self, problem: GatedReLUProblem, alpha: float, V: np.ndarray) -> Any:
+    def init(self, problem: Any, alpha: float, V: np.ndarray) -> Any:
         """Return the state at weights V (in the solver's units)."""
 
     @abstractmethod
-    def step(self, problem: GatedReLUProblem, alpha: float, state: Any) -> Any:
+    def step(self, problem: Any, alpha: float, state: Any) -> Any:
         """Return the state one iteration later."""
 
     def solve(
         self,
-        problem: GatedReLUProblem,
+        problem: ConvexProblem,
         alpha: float,
         *,
         warm_start: Solution | np.ndarray | None = None,
@@ -121,10 +129,11 @@ class Solver(ABC):
 
         Parameters
         ----------
-        problem : GatedReLUProblem
+        problem : ConvexProblem
+            ``GatedReLUProblem`` or ``ReLUProblem``.
         alpha : float
             Regularisation strength, positive.
-        warm_start : Solution or array of shape (p, d, c), optional
+        warm_start : Solution or array of the shape of the weights, optional
             Start here instead of at zero.
         callback : callable, optional
             Called with a ``Progress`` each time that the gap is computed; a true return stops.
@@ -148,10 +157,11 @@ class Solver(ABC):
             return self._run(problem, float(alpha), V, callback)
 
     def _run(
-        self, problem: GatedReLUProblem, alpha: float, V: np.ndarray, callback: Callback | None
+        self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
     ) -> Solution:
         start = time.perf_counter()
-        certificate = DualCertificate(problem, alpha)
+        certificate, kkt = DualCertificate(problem, alpha), KKTResidual(problem, alpha)
+        certified = problem.regularizer.bounds_the_dual
         state = self.init(problem, alpha, V)
         if not np.isfinite(state.C).all():
             # A row source is not scanned for these, and no line search would end.
@@ -165,22 +175,26 @@ class Solver(ABC):
             while True:
                 late = self.time_limit is not None and time.perf_counter() - start > self.time_limit
                 if iteration % self.check_every == 0 or iteration == self.max_iter or late:
-                    b = problem.intercept(state.Z)
-                    certificate.offer(state.R, state.C)
-                    certificate.offer_corrected(state.R, state.C, state.V)
-                    gap = certificate.gap(state.V, state.Z, b)
-                    objective = problem.loss.value(state.Z + b, problem.Y)
-                    objective += alpha * problem.regularizer.value(state.V)
+                    W = problem.feasible(state.V)
+                    Z = state.Z if W is state.V else problem.forward(W)
+                    b = problem.intercept(Z)
+                    objective = problem.loss.value(Z + b) + alpha * problem.regularizer.value(W)
+                    C = problem.with_multipliers(state.C, state.M)
+                    certificate.offer(state.R, C)
+                    certificate.offer_corrected(state.R, C, W)
+                    gap = certificate.gap(W, Z, b)
                     now = Progress(
                         iteration,
                         objective,
                         relative(gap, objective),
-                        int(state.V.any(axis=(1, 2)).sum()),
+                        int(W.any(axis=(1, 2)).sum()),
+                        problem.violation(state.V),
                         time.perf_counter() - start,
                     )
                     history.append(now)
                     bar.set_postfix_str(f"gap {now.gap:.1e}, {now.active_gates} gates", False)
-                    verdict = self._verdict(now, callback)
+                    error = now.gap if certified else _kkt(problem, kkt, W, Z, state.M, objective)
+                    verdict = self._verdict(now, error, callback)
                     if verdict is not None:
                         break
                 state = self.step(problem, alpha, state)
@@ -188,21 +202,23 @@ class Solver(ABC):
                 bar.update()
         columns = zip(*map(astuple, history), strict=True)
         return Solution(
-            V=problem.weights_to_user(state.V),
+            V=problem.weights_to_user(W),
             intercept=b,
             alpha=alpha,
             objective=objective,
             duality_gap=gap,
+            kkt_residual=_kkt(problem, kkt, W, Z, state.M, objective),
+            violation=problem.violation(W),
             n_iter=iteration,
             seconds=time.perf_counter() - start,
             status=verdict,
             trace=Trace(*map(np.array, columns)),
         )
 
-    def _verdict(self, now: Progress, callback: Callback | None) -> str | None:
+    def _verdict(self, now: Progress, error: float, callback: Callback | None) -> str | None:
         """Why to stop here, or None."""
         stop = callback is not None and callback(now)
-        if now.gap <= self.tol:
+        if error <= self.tol:
             return status.CONVERGED
         if stop:
             return status.STOPPED
@@ -211,6 +227,21 @@ class Solver(ABC):
         if self.time_limit is not None and now.seconds > self.time_limit:
             return status.TIME_LIMIT
         return None
+
+
+def _kkt(
+    problem: ConvexProblem,
+    kkt: KKTResidual,
+    W: np.ndarray,
+    Z: np.ndarray,
+    M: np.ndarray | None,
+    objective: float,
+) -> float:
+    """KKT residual at W with predictions Z and the multipliers' share M."""
+    C = problem.adjoint(problem.residual(Z))
+    with_M = problem.with_multipliers(C, M)
+    complementarity = abs(float(np.sum(W * (with_M - C), dtype=np.float64)))
+    return max(kkt(W, with_M), relative(complementarity, objective))
 
 
 def _check_alpha(alpha: float) -> None:

@@ -24,6 +24,7 @@ from cvxdistill.solvers import (
     solve_path,
     weights_from_neurons,
 )
+from cvxdistill.solvers.relu_problem import ReLUProblem
 
 X = np.random.default_rng(0).standard_normal((8, 3))
 Y = X[:, :2] + 1
@@ -31,6 +32,12 @@ G = sample_gates(3, 4, random_state=0)
 D = np.ones((8, 2), bool)
 PROBLEM = GatedReLUProblem(X, Y, D)
 RIDGE = GatedReLUProblem(X, Y, D, penalty="ridge")
+SIGNS = np.where(np.arange(8) % 2, 1.0, -1.0)
+D_ONE = X @ G[:, :1] >= 0
+RELU = ReLUProblem(X, Y, D_ONE)
+# The first row of X comes twice, and the second gate is on for one of them alone.
+NO_CONE = np.vstack([X, X[:1]]) @ G[:, :2] >= 0
+NO_CONE[8, 1] = ~NO_CONE[0, 1]
 
 
 def holed(A, value):
@@ -116,7 +123,7 @@ CASES = {
     # settings of the problem
     "unknown penalty": (
         lambda: GatedReLUProblem(X, Y, D, penalty="lasso"),
-        r"penalty must be one of \['gate', 'neuron', 'ridge'\], got 'lasso'",
+        r"penalty must be one of \['feature', 'gate', 'l1', 'neuron', .*\], got 'lasso'",
     ),
     "l1_ratio above 1": (
         lambda: GatedReLUProblem(X, Y, D, l1_ratio=1.5),
@@ -125,7 +132,53 @@ CASES = {
     "l1_ratio is NaN": (lambda: GatedReLUProblem(X, Y, D, l1_ratio=np.nan), "l1_ratio .* got nan"),
     "unknown loss": (
         lambda: GatedReLUProblem(X, Y, D, loss="hinge"),
-        r"loss must be one of \['squared'\], got 'hinge'",
+        r"loss must be one of \['huber', 'logistic', 'multinomial', 'squared'\], got 'hinge'",
+    ),
+    "logistic loss of other targets": (
+        lambda: GatedReLUProblem(X, Y, D, loss="logistic"),
+        r"The logistic loss needs Y of one column that holds only -1 and \+1, got 2 column",
+    ),
+    "multinomial loss of other targets": (
+        lambda: GatedReLUProblem(X, Y, D, loss="multinomial"),
+        "The multinomial loss needs rows of Y that are probabilities",
+    ),
+    "log loss without a penalty": (
+        lambda: GatedReLUProblem(X, SIGNS, D, loss="logistic", penalty="none"),
+        "Log loss without a penalty has no minimiser .* choose a penalty",
+    ),
+    "l1_ratio of text": (
+        lambda: GatedReLUProblem(X, Y, D, l1_ratio="half"),
+        r"l1_ratio must be a number in \[0, 1\], got 'half'",
+    ),
+    "sample weights of other rows": (
+        lambda: GatedReLUProblem(X, Y, D, sample_weight=np.ones(7)),
+        r"sample_weight must have shape \(8,\), got \(7,\)",
+    ),
+    "a sample weight of 0": (
+        lambda: GatedReLUProblem(X, Y, D, sample_weight=np.arange(8)),
+        "sample_weight must be positive and finite; leave rows of weight zero out",
+    ),
+    # ReLU networks
+    "a gate with a row on both sides": (
+        lambda: ReLUProblem(np.vstack([X, X[:1]]), np.vstack([Y, Y[:1]]), NO_CONE),
+        r"Gate 1 \(1 of 2\) has a cone without interior",
+    ),
+    "gates with biases": (
+        lambda: ReLUProblem(X, Y, D[:, :1], G=np.ones((4, 1))),
+        r"G must have shape \(3, 1\), one gate without bias .* got \(4, 1\)",
+    ),
+    "R-FISTA on a ReLU network with a penalty of matrices": (
+        lambda: RFISTA().solve(ReLUProblem(X, Y, D_ONE, penalty="nuclear"), 0.1),
+        "RFISTA solves ReLU programmes whose penalty is of lengths .*NuclearPenalty.* use "
+        "AugmentedLagrangian or ADMM",
+    ),
+    "Newton on a ReLU network": (
+        lambda: RidgeNewton().solve(RELU, 0.1),
+        "RidgeNewton solves gated ReLU programmes, got ReLUProblem",
+    ),
+    "weights of a gated network for a ReLU network": (
+        lambda: RELU.predict(np.zeros((1, 3, 2))),
+        r"Weights must have shape \(2, p, d, c\) = \(2, 1, 3, 2\), got \(1, 3, 2\)",
     ),
     # solvers
     "alpha is 0": (lambda: RFISTA().solve(PROBLEM, 0.0), "alpha must be positive .* got 0.0"),
@@ -153,6 +206,10 @@ CASES = {
         lambda: RFISTA().solve(PROBLEM, 0.1, warm_start=np.full((2, 3, 2), np.nan)),
         "Weights contain NaN or infinity",
     ),
+    "Newton on another loss": (
+        lambda: RidgeNewton().solve(GatedReLUProblem(X, Y, D, penalty="ridge", loss="huber"), 0.1),
+        "RidgeNewton needs penalty='ridge' and the squared loss",
+    ),
     "Newton on a norm": (
         lambda: RidgeNewton().solve(PROBLEM, 0.1),
         "RidgeNewton needs penalty='ridge' and the squared loss",
@@ -169,7 +226,11 @@ CASES = {
     ),
     "alpha_max of a ridge": (
         lambda: solve_path(RFISTA(), RIDGE),
-        "alpha_max is infinite for a pure ridge penalty; give alpha yourself",
+        "alpha_max is infinite for a pure ridge and without a penalty; give alpha yourself",
+    ),
+    "alpha_max without a penalty": (
+        lambda: GatedReLUProblem(X, Y, D, penalty="none").alpha_max(),
+        "alpha_max is infinite",
     ),
     "alpha_max of nothing": (
         lambda: solve_path(RFISTA(), GatedReLUProblem(X, 0 * Y, D)),
@@ -180,11 +241,11 @@ CASES = {
     # network
     "weights without outputs": (
         lambda: neurons_from_weights(X),
-        r"V must have shape \(p, d, c\), got \(8, 3\)",
+        r"V must have shape \(p, d, c\) .*, got \(8, 3\)",
     ),
     "network of an unknown penalty": (
         lambda: neurons_from_weights(np.ones((2, 3, 2)), "nuclear-ish"),
-        "penalty must be 'neuron', 'gate' or 'ridge', got 'nuclear-ish'",
+        "penalty must be .*'neuron'.*, got 'nuclear-ish'",
     ),
     "a unit without its gate": (
         lambda: weights_from_neurons(Neurons(np.eye(2), np.eye(2), np.array([0, 5])), 3),
@@ -232,4 +293,4 @@ def test_a_row_source_that_is_not_finite_is_refused_rather_than_certified(
 
 def test_a_gap_that_cannot_be_computed_is_not_zero(rows_only):
     problem = GatedReLUProblem(rows_only(holed(X, np.nan)), Y, D, penalty="ridge")
-    assert np.isnan(duality_gap(problem, problem.zeros(), 0.1))
+    assert not np.isfinite(duality_gap(problem, problem.zeros(), 0.1))

@@ -92,31 +92,21 @@ def test_no_array_of_n_times_p_times_d_exists(dtype):
     assert peak < n * p * d * np.dtype(dtype).itemsize / 8
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_contribution_gram_is_that_of_each_gates_output(monkeypatch, threads, center, scaled):
-    monkeypatch.setattr("cvxdistill.solvers.rows.BLOCK_BYTES", 1)
-    monkeypatch.setattr("cvxdistill.solvers.rows.SMALLEST_BLOCK", 7)
-    monkeypatch.setattr("cvxdistill.solvers.gated_operator.SMALLEST_PARALLEL_WORK", 0)
-    monkeypatch.setattr("cvxdistill.solvers.threads.n_threads", lambda: threads)
+@pytest.mark.parametrize("rows", [slice(0, 40), slice(3, 17)])
+def test_contributions_are_what_single_gates_add_to_a_block_of_rows(scaled, rows):
     rng = np.random.default_rng(0)
-    X, D, U = (
-        rng.standard_normal((40, 4)),
-        rng.random((40, 5)) < 0.5,
-        rng.standard_normal((5, 4, 3)),
-    )
+    X, D = rng.standard_normal((40, 4)), rng.random((40, 5)) < 0.5
+    U = rng.standard_normal((5, 4, 3))
     scale = rng.uniform(0.5, 2, 4) if scaled else None
     gates = np.array([0, 2, 3])
-    T = np.stack([D[:, [j]] * ((X if scale is None else X / scale) @ U[j]) for j in gates])
-    if center:
-        T -= T.mean(axis=1, keepdims=True)
     A = GatedOperator(X, D, scale=scale)
-    options = {"gates": gates, "center": center}
-    apart = A.contribution_gram(U, per_output=True, **options)
-    np.testing.assert_allclose(apart, np.einsum("ink,jnk->kij", T, T), atol=1e-12)
-    together = A.contribution_gram(U, per_output=False, **options)
-    np.testing.assert_allclose(together, np.einsum("ink,jnk->ij", T, T)[None], atol=1e-12)
+    T = A.contributions(U[gates], gates, rows)
+    units = X if scale is None else X / scale
+    expected = np.stack([D[:, [j]] * (units @ U[j]) for j in gates], axis=1)
+    np.testing.assert_allclose(T, expected[rows], atol=1e-13)
+    every = A.contributions(U, np.arange(5), slice(0, 40)).sum(axis=1)
+    np.testing.assert_allclose(every, A.forward(U), atol=1e-12)
 
 
 def test_patterns_are_held_as_booleans():

@@ -8,33 +8,6 @@ from hypothesis import strategies as st
 from cvxdistill.solvers import activation_patterns, evaluate_gates, sample_gates
 
 
-def test_the_same_seed_gives_the_same_gates_and_another_does_not():
-    G = sample_gates(4, 6, random_state=3)
-    np.testing.assert_array_equal(G, sample_gates(4, 6, random_state=3))
-    np.testing.assert_array_equal(G, np.random.default_rng(3).standard_normal((4, 6)))
-    assert not np.array_equal(G, sample_gates(4, 6, random_state=4))
-
-
-def test_a_generator_moves_on():
-    rng = np.random.default_rng(0)
-    assert not np.array_equal(
-        sample_gates(3, 3, random_state=rng), sample_gates(3, 3, random_state=rng)
-    )
-
-
-def test_gates_are_standard_normal():
-    G = sample_gates(50, 2000, random_state=0)
-    assert abs(G.mean()) < 0.02 and abs(G.std() - 1) < 0.02
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_bias_and_always_on_gates_add_a_row_and_a_first_column(dtype):
-    G = sample_gates(4, 6, bias=True, always_on=True, random_state=0, dtype=dtype)
-    assert G.shape == (5, 7) and G.dtype == dtype
-    assert not G[:, 0].any() and G[:, 1:].all()
-    assert evaluate_gates(np.random.default_rng(0).standard_normal((9, 4)), G)[:, 0].all()
-
-
 def test_an_example_on_the_hyperplane_is_on():
     X = np.array([[1.0, -1.0], [1.0, -1.0001], [0.0, 0.0]])
     np.testing.assert_array_equal(evaluate_gates(X, np.ones((2, 1)))[:, 0], [True, False, True])

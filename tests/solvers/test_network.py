@@ -11,10 +11,11 @@ from cvxdistill.solvers import (
     Neurons,
     leading_neurons,
     neurons_from_weights,
+    relu_predictions,
     weights_from_neurons,
 )
 
-PENALTIES = ["neuron", "gate", "ridge"]
+PENALTIES = ["neuron", "gate", "nuclear", "feature", "l1", "ridge", "none"]
 ANY_PENALTY = pytest.mark.parametrize("penalty", PENALTIES)
 
 
@@ -65,7 +66,7 @@ def test_neuron_penalty_equals_weight_decay_of_the_network(seed):
 @given(st.integers(0, 2**20))
 def test_shared_gates_have_the_weight_decay_of_the_nuclear_norm(seed):
     V = sparse_weights(seed)
-    decay = neurons_from_weights(V, "gate").weight_decay()
+    decay = neurons_from_weights(V, "nuclear").weight_decay()
     assert decay == pytest.approx(sum(np.linalg.norm(v, "nuc") for v in V), rel=1e-9)
 
 
@@ -105,6 +106,88 @@ def test_a_solved_problem_becomes_its_network(make_problem):
     decayed = loss + solution.alpha * neurons.weight_decay()
     assert decayed == pytest.approx(solution.objective, rel=1e-10)
     assert len(neurons) == np.count_nonzero(np.linalg.norm(solution.V, axis=1))
+
+
+def relu_weights(seed=0, p=6, d=5, c=3, dtype=float):
+    """V and U with empty gates and empty columns; that they lie in cones does not matter here."""
+    rng = np.random.default_rng(seed)
+    V = rng.standard_normal((2, p, d, c)) * (rng.random((2, p, 1, c)) < 0.5)
+    V[0, 0] = V[1, -1] = 0
+    return V.astype(dtype)
+
+
+@ANY_PENALTY
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_relu_network_predicts_what_the_convex_weights_predict_on_any_data(penalty, dtype):
+    V = relu_weights(dtype=dtype)
+    X = np.random.default_rng(1).standard_normal((20, 5)).astype(dtype)
+    neurons = neurons_from_weights(V, penalty)
+    assert neurons.W1.dtype == neurons.W2.dtype == dtype
+    Z = np.maximum(X @ neurons.W1, 0) @ neurons.W2
+    expected = sum(np.maximum(X @ v, 0) - np.maximum(X @ u, 0) for v, u in zip(*V, strict=True))
+    error = 1e-12 if dtype == np.float64 else 1e-4
+    np.testing.assert_allclose(Z, expected, atol=error)
+    np.testing.assert_allclose(relu_predictions(X, V), expected, atol=error)
+
+
+def test_a_relu_network_may_have_one_sign_only_or_nothing():
+    X = np.random.default_rng(1).standard_normal((20, 5))
+    V = relu_weights()
+    for sign, side in ((1, 0), (-1, 1)):
+        half = np.zeros_like(V)
+        half[side] = V[side]
+        expected = sign * np.maximum(X @ V[side], 0).sum(axis=0)
+        np.testing.assert_allclose(relu_predictions(X, half), expected, atol=1e-12)
+    np.testing.assert_array_equal(relu_predictions(X, np.zeros_like(V)), np.zeros((20, 3)))
+
+
+def test_a_relu_network_has_a_unit_for_each_column_of_v_then_of_u():
+    V = np.zeros((2, 3, 2, 2))
+    V[0, 2, :, 1] = [3, 4]
+    V[1, 0, :, 0] = [0, 9]
+    neurons = neurons_from_weights(V)
+    np.testing.assert_allclose(neurons.W1.T, [np.array([3, 4]) / np.sqrt(5), [0, 3]])
+    np.testing.assert_allclose(neurons.W2, [[0, np.sqrt(5)], [-3, 0]])
+    np.testing.assert_array_equal(neurons.gate, [2, 0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**20))
+def test_neuron_penalty_equals_weight_decay_of_the_relu_network(seed):
+    V = relu_weights(seed)
+    neurons = neurons_from_weights(V)
+    assert neurons.weight_decay() == pytest.approx(np.linalg.norm(V, axis=2).sum(), rel=1e-12)
+    assert len(neurons) == np.count_nonzero(np.linalg.norm(V, axis=2))
+
+
+def test_units_of_relu_networks_keep_to_the_cones_of_their_gates_whatever_the_penalty():
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((6, 5))
+    signs = np.sign(X @ rng.standard_normal((5, 4)))
+    V = np.zeros((2, 4, 5, 3))
+    for j, s in enumerate(signs.T):
+        V[:, j] = np.linalg.pinv(s[:, None] * X) @ rng.exponential(size=(2, 6, 3))
+        V[:, j] *= (s[:, None] * X @ V[:, j] >= -1e-12).all(axis=1)[:, None]
+    assert V.any()
+    for penalty in PENALTIES:
+        neurons = neurons_from_weights(V, penalty)
+        assert (signs[:, neurons.gate] * (X @ neurons.W1)).min() >= -1e-12
+
+
+def test_no_weights_are_no_relu_network():
+    neurons = neurons_from_weights(np.zeros((2, 3, 4, 2)))
+    assert len(neurons) == 0 and neurons.W1.shape == (4, 0) and neurons.W2.shape == (0, 2)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (3, 2, 4, 2), (1, 2, 3, 4, 2)])
+def test_weights_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"V must have shape \(p, d, c\) or \(2, p, d, c\), got"):
+        neurons_from_weights(np.ones(shape))
+
+
+def test_an_unknown_penalty_is_refused():
+    with pytest.raises(ValueError, match=r"penalty must be one of \['neuron', .* got 'l0'"):
+        neurons_from_weights(np.ones((2, 4, 2)), "l0")
 
 
 @pytest.fixture

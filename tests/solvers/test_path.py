@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cvxdistill.solvers import RFISTA, alpha_grid, solve_path
+from cvxdistill.solvers.relu_problem import ReLUProblem
 
 
 @pytest.fixture
@@ -46,6 +47,22 @@ def test_each_point_starts_at_the_one_before(problem):
 def test_a_callback_ends_the_path(problem):
     path = solve_path(RFISTA(), problem, n_alphas=9, callback=lambda progress: progress.gap > 0)
     assert 1 <= len(path) < 9 and path[-1].status == "stopped by callback"
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "multinomial"}, {"loss": "huber", "penalty": "nuclear"}], ids=str
+)
+def test_every_loss_and_penalty_has_a_path(make_problem, options):
+    problem = make_problem(c=3, fit_intercept=True, **options)
+    path = solve_path(RFISTA(tol=1e-4), problem, n_alphas=4, eps=0.1)
+    assert np.all(path.relative_gaps <= 1e-4) and path.active_gates[0] == 0 < path.active_gates[-1]
+
+
+def test_relu_networks_have_a_path(make_problem):
+    problem = make_problem(n=30, programme=ReLUProblem)
+    path = solve_path(RFISTA(tol=1e-4), problem, n_alphas=4)
+    assert np.all(path.relative_gaps <= 1e-4) and path[-1].V.shape == problem.weights_shape
+    assert path.active_gates[0] == 0 < path.active_gates[-1] <= problem.operator.p
 
 
 def test_the_objective_falls_along_the_path(problem):

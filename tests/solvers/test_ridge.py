@@ -30,13 +30,36 @@ def test_newton_equals_scikit_learns_ridge_on_the_gated_features(
     )
 
 
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_newton_with_sample_weights_equals_scikit_learns(make_problem, gated_matrix, fit_intercept):
+    w = np.random.default_rng(0).uniform(0.2, 3, 40)
+    problem = make_problem(penalty="ridge", fit_intercept=fit_intercept, sample_weight=w)
+    A = gated_matrix(problem.operator.X, problem.operator.D)
+    ridge = LinearModel.Ridge(alpha=w.sum() * ALPHA, fit_intercept=fit_intercept)
+    ridge.fit(A, problem.Y, sample_weight=w)
+    solution = RidgeNewton(tol=1e-10).solve(problem, ALPHA)
+    assert solution.converged and solution.n_iter == 1
+    np.testing.assert_allclose(solution.V, ridge.coef_.T.reshape(solution.V.shape), atol=1e-9)
+    if fit_intercept:
+        np.testing.assert_allclose(solution.intercept, ridge.intercept_, atol=1e-9)
+
+
 def test_newton_is_exact_in_one_step(make_problem):
     problem = make_problem(penalty="ridge", fit_intercept=True)
     solution = RidgeNewton(tol=1e-12).solve(problem, ALPHA)
     assert solution.n_iter == 1 and solution.converged
 
 
-@pytest.mark.parametrize("options", [{}, {"fit_intercept": True}, {"normalize": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fit_intercept": True},
+        {"normalize": True},
+        {"sample_weight": np.linspace(0.2, 3, 40), "fit_intercept": True},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
 def test_fista_finds_what_newton_finds(make_problem, options):
     problem = make_problem(penalty="ridge", **options)
     newton = RidgeNewton(tol=1e-10).solve(problem, ALPHA)
@@ -62,8 +85,9 @@ def test_one_always_on_gate_is_plain_ridge():
 
 
 @pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_gram_matrix_in_blocks_is_that_of_the_explicit_matrix(
-    make_problem, gated_matrix, rows_only, monkeypatch, center
+    make_problem, gated_matrix, rows_only, monkeypatch, center, weighted
 ):
     monkeypatch.setattr("cvxdistill.solvers.rows.BLOCK_BYTES", 1)
     monkeypatch.setattr("cvxdistill.solvers.rows.SMALLEST_BLOCK", 7)
@@ -71,8 +95,11 @@ def test_gram_matrix_in_blocks_is_that_of_the_explicit_matrix(
     X, D = plain.operator.X, plain.operator.D
     problem = GatedReLUProblem(rows_only(X), plain.Y, D)
     A = gated_matrix(X.astype(float), D)
-    expected = np.cov(A.T, bias=True) if center else A.T @ A / len(A)
-    np.testing.assert_allclose(gram_matrix(problem.operator, center=center), expected, atol=1e-12)
+    w = np.random.default_rng(0).uniform(0.2, 3, len(A)) if weighted else np.ones(len(A))
+    w /= w.mean()
+    expected = np.cov(A.T, bias=True, aweights=w) if center else (w * A.T) @ A / len(A)
+    options = {"center": center, "weights": w if weighted else None}
+    np.testing.assert_allclose(gram_matrix(problem.operator, **options), expected, atol=1e-12)
 
 
 def test_a_shared_gram_matrix_gives_the_same_solution(make_problem):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 
 from cvxdistill.solvers import RFISTA, GatedReLUProblem, RidgeNewton, duality_gap
+
+ANY_LOSS = pytest.mark.parametrize("loss", ["squared", "huber", "logistic", "multinomial"])
 
 
 @pytest.fixture
@@ -36,9 +38,15 @@ def test_the_solution_describes_itself(problem, alpha):
         problem.objective(solution.V, solution.intercept, alpha), rel=1e-12
     )
     assert solution.alpha == alpha and solution.seconds > 0
+    assert solution.kkt_residual < 1e-2 and solution.violation == 0
     assert solution.n_active_gates == np.count_nonzero(np.abs(solution.V).max(axis=(1, 2)))
     assert f"converged after {solution.n_iter} iterations" in solution.message
     assert "relative duality gap" in solution.message
+
+
+def test_the_kkt_residual_falls_with_the_tolerance(problem, alpha):
+    residuals = [RFISTA(tol=tol).solve(problem, alpha).kkt_residual for tol in (1e-2, 1e-5, 1e-9)]
+    assert residuals[0] > 10 * residuals[1] > 100 * residuals[2] > 0
 
 
 def test_a_tighter_tolerance_takes_longer_and_ends_lower(problem, alpha):
@@ -87,6 +95,7 @@ def test_callback_sees_the_progress_and_stops_the_solve(problem, alpha):
     assert seen[-1].objective == solution.objective
     assert seen[-1].gap == solution.relative_gap
     assert seen[-1].active_gates == solution.n_active_gates
+    assert seen[-1].violation == 0
 
 
 def test_trace_has_a_row_for_each_check(problem, alpha):
@@ -134,16 +143,27 @@ def test_a_warm_start_is_in_the_users_units(make_problem, normalize):
     np.testing.assert_allclose(again.V, solution.V, rtol=1e-12)
 
 
+@ANY_LOSS
+@pytest.mark.parametrize("penalty", ["neuron", "nuclear", "feature", "l1"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_solution_has_the_type_of_the_data(make_problem, dtype):
-    problem = make_problem(dtype=dtype, fit_intercept=True)
-    solution = RFISTA().solve(problem, 0.1 * problem.alpha_max())
+def test_the_solution_has_the_type_of_the_data(make_problem, dtype, loss, penalty):
+    problem = make_problem(
+        dtype=dtype,
+        loss=loss,
+        penalty=penalty,
+        fit_intercept=True,
+        sample_weight=np.random.default_rng(0).uniform(0.5, 2, 40),
+    )
+    solution = RFISTA(tol=1e-4).solve(problem, 0.1 * problem.alpha_max())
     assert solution.converged
     assert solution.V.dtype == solution.intercept.dtype == dtype
     assert problem.predict(solution.V, solution.intercept).dtype == dtype
 
 
-def test_the_same_call_gives_the_same_bits(problem, alpha):
+@ANY_LOSS
+def test_the_same_call_gives_the_same_bits(make_problem, loss):
+    problem = make_problem(loss=loss, fit_intercept=True)
+    alpha = 0.05 * problem.alpha_max()
     first, second = (RFISTA(tol=1e-5).solve(problem, alpha) for _ in range(2))
     np.testing.assert_array_equal(first.V, second.V)
     np.testing.assert_array_equal(first.trace.gap, second.trace.gap)
@@ -185,11 +205,13 @@ def test_settings_are_frozen_and_compare():
         RFISTA().tol = 1.0
 
 
-def test_backtracking_recovers_from_any_first_step_size(make_problem, monkeypatch):
-    problem = make_problem()
+@ANY_LOSS
+def test_backtracking_recovers_from_any_first_step_size(make_problem, monkeypatch, loss):
+    problem = make_problem(c=1 if loss == "logistic" else 2, loss=loss)
     alpha = 0.05 * problem.alpha_max()
     best = RFISTA(tol=1e-8).solve(problem, alpha).objective
+    init = RFISTA.init
     for size in (1e-4, 1e4):
-        monkeypatch.setattr("cvxdistill.solvers.fista._initial_step_size", lambda *_, s=size: s)
+        monkeypatch.setattr(RFISTA, "init", lambda *a, s=size: replace(init(*a), step_size=s))
         solution = RFISTA(tol=1e-7).solve(problem, alpha)
         assert solution.converged and solution.objective == pytest.approx(best, rel=1e-6)

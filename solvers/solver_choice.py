@@ -1,0 +1,78 @@
+"""Solvers by name, and which one suits a problem.
+
+The rule for ReLU networks is measured by ``bench/relu_solvers.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cvxdistill.solvers.admm import ADMM
+from cvxdistill.solvers.augmented_lagrangian import AugmentedLagrangian
+from cvxdistill.solvers.difference_system import MOST_FACTORED
+from cvxdistill.solvers.fista import RFISTA
+from cvxdistill.solvers.losses import SquaredLoss
+from cvxdistill.solvers.problem import ConvexProblem
+from cvxdistill.solvers.relu_problem import ReLUProblem
+from cvxdistill.solvers.ridge import RidgeNewton
+from cvxdistill.solvers.solver import Solver
+
+SOLVERS: dict[str, type[Solver]] = {
+    "rfista": RFISTA,
+    "ridge_newton": RidgeNewton,
+    "augmented_lagrangian": AugmentedLagrangian,
+    "admm": ADMM,
+}
+
+# Up to this many gated features p * d a pure ridge is solved faster directly than iteratively.
+MOST_DIRECT_FEATURES = 2000
+
+
+def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -> Solver:
+    """The solver of that name with these settings, or the one that suits the problem.
+
+    For gated ReLU "auto" takes Newton's method where a pure ridge of the squared loss has at most
+    2000 gated features p * d, and R-FISTA otherwise. For ReLU networks it takes ADMM, which needs
+    the fewest iterations and knows every penalty; but R-FISTA, where the penalty is one of lengths,
+    if both n and p * d are beyond 6000, where ADMM has to solve its systems iteratively.
+
+    Parameters
+    ----------
+    problem : ConvexProblem
+    name : {"auto", "rfista", "ridge_newton", "augmented_lagrangian", "admm"}
+    **settings
+        Of the solver, such as ``tol``, ``max_iter`` and ``verbose``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such solver, or it is not one for this programme.
+    """
+    if name not in ("auto", *SOLVERS):
+        raise ValueError(f"solver must be one of {['auto', *SOLVERS]}, got {name!r}.")
+    A = problem.operator
+    size = A.p * A.d
+    if isinstance(problem, ReLUProblem):
+        programme, suitable = "ReLU", ["augmented_lagrangian", "admm"]
+        best = "admm"
+        if problem.regularizer.of_lengths:
+            suitable.insert(0, "rfista")
+            best = "rfista" if min(A.n, size) > MOST_FACTORED else "admm"
+    else:
+        programme, suitable = "gated ReLU", ["rfista"]
+        best = "rfista"
+        if _is_ridge(problem):
+            suitable.append("ridge_newton")
+            best = "ridge_newton" if size <= MOST_DIRECT_FEATURES else "rfista"
+    if name == "auto":
+        name = best
+    if name not in suitable:
+        raise ValueError(
+            f"solver={name!r} does not solve the {programme} programme with this loss and penalty; "
+            f"choose one of {['auto', *suitable]}."
+        )
+    return SOLVERS[name](**settings)
+
+
+def _is_ridge(problem: ConvexProblem) -> bool:
+    return problem.regularizer.l1_ratio == 0 and isinstance(problem.loss.loss, SquaredLoss)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cvxdistill.solvers import (
+    ADMM,
+    RFISTA,
+    AugmentedLagrangian,
+    ReLUProblem,
+    RidgeNewton,
+    activation_patterns,
+    choose_solver,
+    sample_gates,
+)
+from cvxdistill.solvers.solver_choice import MOST_DIRECT_FEATURES, SOLVERS
+
+PENALTIES = ["neuron", "gate", "nuclear", "feature", "l1", "ridge", "none"]
+
+
+def make_relu_problem(**options):
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((20, 4))
+    D, G = activation_patterns(X, sample_gates(4, 6, random_state=0))
+    return ReLUProblem(X, np.abs(X[:, 0]), D, G=G, **options)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("loss", ["squared", "huber"])
+def test_newton_is_chosen_for_a_ridge_of_the_squared_loss_only(make_problem, penalty, loss):
+    solver = choose_solver(make_problem(penalty=penalty, loss=loss))
+    direct = penalty == "ridge" and loss == "squared"
+    assert type(solver) is (RidgeNewton if direct else RFISTA)
+
+
+def test_a_norm_without_share_is_a_ridge_and_a_blend_is_none(make_problem):
+    assert isinstance(choose_solver(make_problem(l1_ratio=0.0)), RidgeNewton)
+    assert isinstance(choose_solver(make_problem(l1_ratio=0.5)), RFISTA)
+
+
+@pytest.mark.parametrize("p", [MOST_DIRECT_FEATURES // 20, MOST_DIRECT_FEATURES // 20 + 1])
+def test_a_large_ridge_is_solved_iteratively(make_problem, p):
+    problem = make_problem(n=200, d=20, p=p, penalty="ridge")
+    assert problem.operator.p == p
+    direct = p * 20 <= MOST_DIRECT_FEATURES
+    assert isinstance(choose_solver(problem), RidgeNewton if direct else RFISTA)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("loss", ["squared", "huber"])
+def test_admm_is_chosen_for_relu_networks_unless_they_are_large(monkeypatch, penalty, loss):
+    problem = make_relu_problem(penalty=penalty, loss=loss)
+    assert type(choose_solver(problem)) is ADMM
+    monkeypatch.setattr("cvxdistill.solvers.solver_choice.MOST_FACTORED", 1)
+    lengths = penalty not in ("nuclear", "feature", "l1")
+    assert type(choose_solver(problem)) is (RFISTA if lengths else ADMM)
+
+
+def test_what_is_asked_for_is_given(make_problem):
+    ridge, relu = make_problem(penalty="ridge"), make_relu_problem()
+    for name in ("rfista", "ridge_newton"):
+        assert type(choose_solver(ridge, name)) is SOLVERS[name]
+    for name in ("rfista", "augmented_lagrangian", "admm"):
+        assert type(choose_solver(relu, name)) is SOLVERS[name]
+    assert list(SOLVERS.values()) == [RFISTA, RidgeNewton, AugmentedLagrangian, ADMM]
+
+
+def test_settings_are_passed_on(make_problem):
+    for problem in (make_problem(), make_problem(penalty="ridge"), make_relu_problem()):
+        solver = choose_solver(problem, tol=1e-7, max_iter=17, verbose=0)
+        assert solver.tol == 1e-7 and solver.max_iter == 17
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "suitable"),
+    [
+        ("ridge_newton", {}, "['auto', 'rfista', 'augmented_lagrangian', 'admm']"),
+        ("rfista", {"penalty": "l1"}, "['auto', 'augmented_lagrangian', 'admm']"),
+        ("rfista", {"penalty": "nuclear"}, "['auto', 'augmented_lagrangian', 'admm']"),
+        ("rfista", {"penalty": "feature"}, "['auto', 'augmented_lagrangian', 'admm']"),
+    ],
+)
+def test_what_does_not_suit_a_relu_network_is_refused(name, options, suitable):
+    with pytest.raises(ValueError, match=f"{name!r} does not solve the ReLU programme") as error:
+        choose_solver(make_relu_problem(**options), name)
+    assert str(error.value).endswith(f"choose one of {suitable}.")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "suitable"),
+    [
+        ("admm", {}, "['auto', 'rfista']"),
+        ("augmented_lagrangian", {"penalty": "ridge"}, "['auto', 'rfista', 'ridge_newton']"),
+        ("ridge_newton", {}, "['auto', 'rfista']"),
+        ("ridge_newton", {"penalty": "ridge", "loss": "huber"}, "['auto', 'rfista']"),
+        ("ridge_newton", {"penalty": "none"}, "['auto', 'rfista']"),
+    ],
+)
+def test_what_does_not_suit_a_gated_programme_is_refused(make_problem, name, options, suitable):
+    with pytest.raises(ValueError, match=f"{name!r} does not solve the gated ReLU") as error:
+        choose_solver(make_problem(**options), name)
+    assert str(error.value).endswith(f"choose one of {suitable}.")
+
+
+def test_an_unknown_solver_is_refused(make_problem):
+    with pytest.raises(ValueError, match=r"solver must be one of \['auto', .*\], got 'adam'"):
+        choose_solver(make_problem(), "adam")
+    with pytest.raises(ValueError, match="tol must be"):
+        choose_solver(make_problem(), tol=-1.0)
