@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import sparse
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 from cvxdistill import ConvexNNClassifier, ConvexNNRegressor
 
@@ -25,8 +25,51 @@ SETTINGS = {
     "l1_ratio is text": ({"l1_ratio": "half"}, "l1_ratio must be a number, got 'half'"),
     "no gates": ({"n_gates": 0}, "n_gates must be at least 1, got 0"),
     "fractional gates": ({"n_gates": 1.5}, "n_gates must be an integer, got 1.5"),
-    "unknown penalty": ({"penalty": "l0"}, r"penalty must be one of \['gate', .* got 'l0'"),
+    "unknown penalty": (
+        {"penalty": "l0"},
+        r"penalty must be one of \['feature', 'gate', 'l1', .* got 'l0'",
+    ),
     "penalty is no name": ({"penalty": None}, "penalty must be a string, got None"),
+    "unknown activation": (
+        {"activation": "gelu"},
+        r"activation must be one of \['gated_relu', 'relu'\], got 'gelu'",
+    ),
+    "activation is no name": ({"activation": None}, "activation must be a string, got None"),
+    "unknown loss": ({"loss": "hinge"}, r"loss must be one of \['squared', .*\], got 'hinge'"),
+    "loss is no name": ({"loss": 2}, "loss must be a string, got 2"),
+    "unknown solver": (
+        {"solver": "sgd"},
+        r"solver must be one of \['auto', 'rfista', .*\], got 'sgd'",
+    ),
+    "solver is no name": ({"solver": None}, "solver must be a string, got None"),
+    "a solver of ReLU networks": (
+        {"solver": "admm"},
+        "solver='admm' does not solve the gated ReLU programme",
+    ),
+    "a solver of gated networks": (
+        {"solver": "ridge_newton", "penalty": "ridge", "activation": "relu"},
+        "solver='ridge_newton' does not solve the ReLU programme",
+    ),
+    "a solver of penalties of lengths": (
+        {"solver": "rfista", "penalty": "l1", "activation": "relu"},
+        r"ReLU programme with this loss and penalty; .* \['auto', 'augmented_lagrangian', 'admm'\]",
+    ),
+    "a ridge's solver": (
+        {"solver": "ridge_newton"},
+        "solver='ridge_newton' does not solve the gated ReLU programme",
+    ),
+    "sampled biases": (
+        {"gates": "quantile-bias", "activation": "relu"},
+        "gates='quantile-bias' have biases, which the weights of a ReLU network cannot follow",
+    ),
+    "given biases": (
+        {"gates": np.ones((5, 2)), "activation": "relu"},
+        "gates with a row of biases do not suit activation='relu'",
+    ),
+    "a cone without interior": (
+        {"gates": np.zeros((4, 1)), "activation": "relu"},
+        "Gate 0 .* has a cone without interior",
+    ),
     "unknown sampler": ({"gates": "cauchy"}, r"gates must be one of \['gaussian', .* got 'cauchy'"),
     "gates of another length": (
         {"gates": np.ones((3, 2))},
@@ -92,8 +135,22 @@ def test_sparse_targets_are_refused():
 
 
 def test_one_class_is_refused():
-    with pytest.raises(ValueError, match="at least 2 classes, got 1 class"):
+    with pytest.raises(ValueError, match=r"2 classes of positive weight, got 1 class.*: \[0.0\]"):
         ConvexNNClassifier().fit(X, np.zeros(80))
+
+
+def test_each_estimator_has_its_own_losses():
+    with pytest.raises(ValueError, match=r"loss must be one of \['squared', 'huber'\], got 'log_"):
+        ConvexNNRegressor(loss="log_loss").fit(X, Y)
+    with pytest.raises(
+        ValueError, match=r"loss must be one of \['squared', 'log_loss'\], got 'hub"
+    ):
+        ConvexNNClassifier(loss="huber").fit(X, THREE)
+
+
+def test_equal_targets_make_no_pairs():
+    with pytest.raises(ValueError, match="different targets"):
+        ConvexNNRegressor(gates="pairs").fit(X, np.ones(80))
 
 
 def test_a_number_is_not_a_class():
@@ -114,10 +171,38 @@ def test_predicting_needs_a_fit_and_the_same_columns(estimator):
         estimator(**QUICK).fit(X, THREE).predict(X[:, :3])
 
 
+REFUSED = {
+    "a setting": ({"alpha": -1}, X[:, :2], THREE, ValueError),
+    "gates of another length": ({"gates": np.ones((4, 2))}, X[:, :2], THREE, ValueError),
+    "a solver of ReLU networks": ({"solver": "admm"}, X[:, :2], THREE % 2, ValueError),
+    "not converged, where warnings are errors": (
+        {"max_iter": 1},
+        X[:, :2],
+        THREE % 2,
+        ConvergenceWarning,
+    ),
+}
+
+
 @BOTH
-def test_a_refused_fit_leaves_the_last_one_as_it_was(estimator):
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_fit_leaves_the_last_one_as_it_was(case, estimator):
+    settings, X_new, y_new, error = REFUSED[case]
     model = estimator(**QUICK).fit(X, THREE)
-    before = model.predict(X)
-    with pytest.raises(ValueError, match="alpha must be positive"):
-        model.set_params(alpha=-1).fit(X[:, :2], THREE)
-    np.testing.assert_array_equal(model.predict(X), before)
+    before = dict(vars(model))
+    with pytest.raises(error):
+        model.set_params(**settings).fit(X_new, y_new)
+    model.set_params(**{name: before[name] for name in settings})
+    assert vars(model) == before
+    model.predict(X)
+
+
+@BOTH
+def test_a_first_fit_that_is_refused_fits_nothing(estimator):
+    model = estimator(gates=np.ones((3, 2)))
+    with pytest.raises(ValueError, match="gates must have shape"):
+        model.fit(X, THREE)
+    assert [name for name in vars(model) if name.endswith("_")] == []
+    with pytest.raises(NotFittedError):
+        model.predict(X)
