@@ -28,6 +28,7 @@ from cvxdistill.solvers import (
     choose_solver,
     draw_gates,
     evaluate_gates,
+    generate_gates,
     neurons_from_weights,
     nudge_gates,
     relu_predictions,
@@ -39,6 +40,8 @@ from cvxdistill.solvers.penalties import find_regularizer
 from cvxdistill.solvers.solver_choice import SOLVERS
 
 ACTIVATIONS = ("gated_relu", "relu")
+# gates="generated", and what its search begins with.
+GENERATED, INITIAL_GATES = "generated", 10
 FLOATS = (np.float64, np.float32)
 
 
@@ -97,13 +100,6 @@ class ConvexNN(BaseEstimator):
         if self.fit_intercept and self.loss != "log_loss":
             # The intercept takes up any offset of Y, and float32 keeps more digits without one.
             offset = np.average(Y.astype(np.float64), axis=0, weights=sample_weight)
-        request = self._gates_asked_for()
-        warm = self._fitted_weights((X.shape[1], Y.shape[1]), request)
-        G = self._candidate_gates(X, Y) if warm is None else self.gates_.astype(X.dtype, copy=False)
-        D = evaluate_gates(X, G)
-        keep = distinct_patterns(D)
-        if len(keep) == 0:
-            raise ValueError(f"None of the {G.shape[1]} gates is on for any of the {len(X)} rows.")
         options: dict[str, Any] = {
             "penalty": self.penalty,
             "l1_ratio": self.l1_ratio,
@@ -112,6 +108,16 @@ class ConvexNN(BaseEstimator):
             "normalize": self.normalize,
             "sample_weight": sample_weight,
         }
+        request = self._gates_asked_for()
+        warm = self._fitted_weights((X.shape[1], Y.shape[1]), request)
+        if warm is None:
+            G = self._candidate_gates(X, Y, offset, options)
+        else:
+            G = self.gates_.astype(X.dtype, copy=False)
+        D = evaluate_gates(X, G)
+        keep = distinct_patterns(D)
+        if len(keep) == 0:
+            raise ValueError(f"None of the {G.shape[1]} gates is on for any of the {len(X)} rows.")
         problem: GatedReLUProblem | ReLUProblem
         if self.activation == "relu":
             problem = ReLUProblem(X, Y - offset, D[:, keep], G=G[:, keep], **options)
@@ -182,10 +188,11 @@ class ConvexNN(BaseEstimator):
                 raise ValueError(
                     f"{name} must be one of {list(known)}, got {getattr(self, name)!r}."
                 )
-        if isinstance(self.gates, str):
+        if isinstance(self.gates, str) and self.gates != GENERATED:
             if self.gates not in GATE_SAMPLERS:
                 raise ValueError(
-                    f"gates must be one of {list(GATE_SAMPLERS)} or an array, got {self.gates!r}."
+                    f"gates must be one of {[*GATE_SAMPLERS, GENERATED]} or an array, got "
+                    f"{self.gates!r}."
                 )
             if self.activation == "relu" and self.gates.endswith("-bias"):
                 raise ValueError(
@@ -213,8 +220,10 @@ class ConvexNN(BaseEstimator):
         )
         return self.coef_ if same else None
 
-    def _candidate_gates(self, X: np.ndarray, Y: np.ndarray) -> np.ndarray:
-        """Gates as given or sampled, before their patterns are compared.
+    def _candidate_gates(
+        self, X: np.ndarray, Y: np.ndarray, offset: np.ndarray, options: dict[str, Any]
+    ) -> np.ndarray:
+        """Gates as given, sampled or generated, before their patterns are compared.
 
         Those of a ReLU network keep clear of the rows of X, so that their cones have an interior.
         """
@@ -228,6 +237,18 @@ class ConvexNN(BaseEstimator):
                 )
             return G
         seed = _seed(self.random_state)
+        if self.gates == GENERATED:
+            return generate_gates(
+                X,
+                Y - offset,
+                alpha=self.alpha,
+                n_gates=int(self.n_gates),
+                n_initial=min(INITIAL_GATES, int(self.n_gates)),
+                activation=self.activation,
+                random_state=seed,
+                verbose=int(self.verbose),
+                **options,
+            ).G
         G = draw_gates(self.gates, X, Y, int(self.n_gates), random_state=seed)
         if not relu:
             return G

@@ -59,13 +59,15 @@ class ConvexNNRegressor(RegressorMixin, MultiOutputMixin, ConvexNN):
         duality gap, says how near the optimum is.
     l1_ratio : float in [0, 1], default=1.0
         rho in rho R(V) + (1 - rho)/2 ||V||_F^2.
-    gates : {"gaussian", "gaussian-bias", "quantile-bias", "sparse", "pairs", "wedge"} or array
-        How to sample the gates, by default "gaussian" (see ``draw_gates``); or the gates
-        themselves, of shape (d, p), one a column, or (d + 1, p) with biases in the last row.
+    gates : str or array of shape (d, p) or (d + 1, p), default="gaussian"
+        How to sample the gates: "gaussian", "gaussian-bias", "quantile-bias", "sparse", "pairs",
+        "pairs-bias", "wedge" or "wedge-bias" (see ``draw_gates``); "generated", to search for
+        those that lower the objective (see ``generate_gates``); or the gates themselves, one a
+        column, with biases in the last row if there is one row more than there are features.
         "relu" takes gates without biases only, and moves sampled ones clear of the rows of X.
     n_gates : int, default=100
-        Number of gates to sample. Gates with equal or empty patterns on the rows of positive
-        weight are dropped. Ignored when ``gates`` is an array.
+        Number of gates to sample, or to generate at most. Gates with equal or empty patterns on
+        the rows of positive weight are dropped. Ignored when ``gates`` is an array.
     solver : {"auto", "rfista", "ridge_newton", "augmented_lagrangian", "admm"}, default="auto"
         How to solve the programme; not every solver suits every one (see ``choose_solver``).
     fit_intercept : bool, default=True
@@ -223,13 +225,15 @@ class ConvexNNClassifier(ClassifierMixin, ConvexNN):
         duality gap, says how near the optimum is. Refused with log loss: it has no minimiser then.
     l1_ratio : float in [0, 1], default=1.0
         rho in rho R(V) + (1 - rho)/2 ||V||_F^2.
-    gates : {"gaussian", "gaussian-bias", "quantile-bias", "sparse", "pairs", "wedge"} or array
-        How to sample the gates, by default "gaussian" (see ``draw_gates``); or the gates
-        themselves, of shape (d, p), one a column, or (d + 1, p) with biases in the last row.
+    gates : str or array of shape (d, p) or (d + 1, p), default="gaussian"
+        How to sample the gates: "gaussian", "gaussian-bias", "quantile-bias", "sparse", "pairs",
+        "pairs-bias", "wedge" or "wedge-bias" (see ``draw_gates``); "generated", to search for
+        those that lower the objective (see ``generate_gates``); or the gates themselves, one a
+        column, with biases in the last row if there is one row more than there are features.
         "relu" takes gates without biases only, and moves sampled ones clear of the rows of X.
     n_gates : int, default=100
-        Number of gates to sample. Gates with equal or empty patterns on the rows of positive
-        weight are dropped. Ignored when ``gates`` is an array.
+        Number of gates to sample, or to generate at most. Gates with equal or empty patterns on
+        the rows of positive weight are dropped. Ignored when ``gates`` is an array.
     solver : {"auto", "rfista", "ridge_newton", "augmented_lagrangian", "admm"}, default="auto"
         How to solve the programme; not every solver suits every one (see ``choose_solver``).
     class_weight : dict or "balanced", optional

@@ -4,6 +4,12 @@ from cvxdistill.solvers.admm import ADMM
 from cvxdistill.solvers.arrangements import enumerate_gates, pattern_count
 from cvxdistill.solvers.augmented_lagrangian import AugmentedLagrangian
 from cvxdistill.solvers.certificate import DualCertificate, duality_gap
+from cvxdistill.solvers.cone_decomposition import ConeDecomposition, decompose
+from cvxdistill.solvers.cones import (
+    cone_violations,
+    interior_directions,
+    project_onto_cones,
+)
 from cvxdistill.solvers.data_gates import (
     sample_pair_gates,
     sample_quantile_gates,
@@ -41,6 +47,7 @@ __all__ = [
     "ADMM",
     "RFISTA",
     "AugmentedLagrangian",
+    "ConeDecomposition",
     "DualCertificate",
     "GateGeneration",
     "GatedOperator",
@@ -57,16 +64,20 @@ __all__ = [
     "alpha_grid",
     "attainable_margin",
     "choose_solver",
+    "cone_violations",
+    "decompose",
     "draw_gates",
     "duality_gap",
     "enumerate_gates",
     "evaluate_gates",
     "generate_gates",
     "gram_matrix",
+    "interior_directions",
     "leading_neurons",
     "neurons_from_weights",
     "nudge_gates",
     "pattern_count",
+    "project_onto_cones",
     "refit_second_layer",
     "relu_predictions",
     "sample_convolutional_gates",

@@ -21,6 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from cvxdistill.solvers.augmented_subproblem import Subproblem, row_scale
+from cvxdistill.solvers.cones import cone_projection
 from cvxdistill.solvers.fista import RFISTA, FISTAState
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
@@ -122,7 +123,9 @@ class AugmentedLagrangian(Solver):
             raise ValueError(f"accuracy must be positive and finite, got {self.accuracy!r}.")
 
     def init(self, problem: ConvexProblem, alpha: float, V: np.ndarray) -> AugmentedLagrangianState:
-        """Start at V, with multipliers of 0.
+        """Start at V: with multipliers of 0 at V = 0, else those of the projection of C.
+
+        At an optimum these are the multipliers, if the penalty is one of lengths.
 
         Raises
         ------
@@ -135,12 +138,18 @@ class AugmentedLagrangian(Solver):
                 "use RFISTA."
             )
         A = problem.operator
-        multipliers = np.zeros((A.n, A.n_blocks * problem.n_outputs), dtype=A.dtype)
-        everything = np.arange(A.n_blocks)
-        whole = Subproblem(problem, alpha, everything, row_scale(problem), 1.0, multipliers)
         C = problem.adjoint(problem.residual(problem.forward(V)))
+        scale, everything = row_scale(problem), np.arange(A.n_blocks)
+        multipliers = np.zeros((A.n, A.n_blocks * problem.n_outputs), dtype=A.dtype)
+        whole = Subproblem(problem, alpha, everything, scale, 1.0, multipliers)
         delta, step_size = _balance(whole, C)
-        return _begin(whole, delta, V, C, multipliers, problem.zeros(), step_size)
+        shares = problem.zeros()
+        if V.any() and problem.regularizer.of_lengths:
+            X = A.X if A.scale is None else A.X[:] / A.scale
+            projected, of_rows = cone_projection(X, A.D, C)
+            shares = projected - C
+            np.divide(of_rows, scale[:, None], out=multipliers, where=scale[:, None] > 0)
+        return _begin(whole, delta, V, C, multipliers, shares, step_size)
 
     def step(
         self, problem: ConvexProblem, alpha: float, state: AugmentedLagrangianState

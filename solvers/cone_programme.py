@@ -32,10 +32,10 @@ from cvxdistill.solvers.rows import RowSource
 from cvxdistill.solvers.threads import one_blas_thread, run_in_threads
 
 MOST_ITERATIONS, MOST_ROUNDS = 100, 100
-ROUGH = 1e-3
 # Share of the way to the boundary that a step goes, and the least centring of a step: slacks that
 # run ahead of the others spoil the Newton systems.
 SHARE, LEAST_CENTRING = 0.99, 0.1
+# Rows with lambda / s this many times the curvature of the lengths keep a multiplier in the system.
 BINDING = 1e3
 
 
@@ -90,12 +90,10 @@ def smallest_pairs(
         for k in (column.start for column in columns):
             B = unit[np.searchsorted(needed, working[k])]
             B[~D[working[k], gates[k]]] *= -1
-            v[k], bound = smallest_pair(B, w[k], h[k], tol=ask[k])
+            v[k], bound = smallest_pair(B, w[k], h[k], tol=tol / 4)
             bounds[k] = max(bounds[k], bound)
 
-    # While rows are missing, a rough solution of those at hand is as good, and stays further inside.
-    finest = tol / 4
-    pending, ask = np.arange(m), np.full(m, max(ROUGH, finest))
+    pending = np.arange(m)
     working = [np.union1d(*rows) for rows in zip(initial[0][0], initial[1][0])]
     with tqdm(total=m, disable=not verbose, desc="cone decomposition", leave=False) as bar:
         for _ in range(MOST_ROUNDS):
@@ -108,13 +106,12 @@ def smallest_pairs(
             length = np.linalg.norm(shifted, axis=1) + np.linalg.norm(shifted - w[pending], axis=1)
             better = length < best_length[pending]
             best[pending[better]], best_length[pending[better]] = shifted[better], length[better]
-            gap = best_length[pending] / bounds[pending] - 1
-            todo = []
-            for k, column in enumerate(pending):
-                complete = not len(np.setdiff1d(new[k], working[column]))
-                if gap[k] > tol and not (complete and ask[column] == finest):
-                    todo.append(k)
-                ask[column] = finest if complete else np.clip(gap[k] / 100, finest, ask[column])
+            todo = [
+                k
+                for k, column in enumerate(pending)
+                if best_length[column] > (1 + tol) * bounds[column]
+                and len(np.setdiff1d(new[k], working[column]))
+            ]
             bar.update(len(pending) - len(todo))
             for k in todo:
                 working[pending[k]] = np.union1d(working[pending[k]], new[k])
@@ -138,9 +135,11 @@ def smallest_pair(
 
         g = B^T lambda,     lambda s = sigma mu
 
-    solves (f'' + B^T diag(lambda / s) B) dv = right-hand side, f'' = (I - v v^T/||v||^2) / ||v||
-    + (I - u u^T/||u||^2) / ||u||. For lambda >= 0 and y + y' = B^T lambda of lengths at most 1,
-    r^T lambda - y'.w bounds the optimum from below.
+    solves (f'' + B^T diag(lambda / s) B) dv = right-hand side, with f'' = (I - v v^T/||v||^2)
+    / ||v|| + (I - u u^T/||u||^2) / ||u||. Rows that bind, where lambda / s is huge, stay in the
+    system as rows of their own instead, or their multipliers would lose their digits. For
+    lambda >= 0 and y + y' = B^T lambda of lengths at most 1, r^T lambda - y'.w bounds the optimum
+    from below.
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ def cone_violations(X: RowSource, D: np.ndarray, W: np.ndarray) -> np.ndarray:
     worst = np.zeros(len(flat))
     for _, T in signed_scores(X, D, flat, gates):
         np.maximum(worst, -T.min(axis=1), out=worst)
-    return worst.reshape(len(W), W.shape[2])
+    return worst.reshape(len(W), W.shape[2]) + 0.0  # no negative zeros
 
 
 def project_onto_cones(X: RowSource, D: np.ndarray, W: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ METHODS = ("exact", "approximate", "closed-form")
 def gated_data(n=60, d=5, p=7, c=2, seed=0):
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((n, d))
-    D, G = activation_patterns(X, sample_gates(d, p, random_state=seed))
+    G = sample_gates(d, p, random_state=seed)
+    D, G = activation_patterns(X, np.where((X @ G >= 0).any(axis=0), G, -G))
     return X, D, G, rng.standard_normal((D.shape[1], d, c))
 
 
