@@ -67,7 +67,8 @@ class DifferenceSystem:
         p = self.gated.p
         total, difference = B[:p] + B[p:], B[:p] - B[p:]
         solved = self._solve_difference(difference.astype(np.float64), mu, accuracy)
-        out = empty_weights(*B.shape, self.problem.dtype)
+        blocks, d, c = B.shape
+        out = empty_weights(blocks, d, c, self.problem.dtype)
         out[:p] = (total / mu + solved) / 2
         out[p:] = (total / mu - solved) / 2
         return out

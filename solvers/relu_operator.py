@@ -53,7 +53,7 @@ class ReLUOperator:
     def adjoint(self, R: np.ndarray) -> np.ndarray:
         """C[j] = X^T diag(D[:, j]) R for the blocks of V and minus that for U, (2p, d, c)."""
         C = self.gated.adjoint(R)
-        out = empty_weights(2 * self.p, *C.shape[1:], self.dtype)
+        out = empty_weights(2 * self.p, self.d, R.shape[1], self.dtype)
         out[: self.p] = C
         np.negative(C, out=out[self.p :])
         return out

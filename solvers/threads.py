@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
+B = TypeVar("B")
 
 
 @cache
@@ -50,7 +51,7 @@ def one_blas_thread() -> AbstractContextManager[Any]:
     return _controller().limit(limits=1, user_api="blas")
 
 
-def run_in_threads(work: Callable[[list[slice]], T], blocks: list[slice]) -> list[T]:
+def run_in_threads(work: Callable[[list[B]], T], blocks: list[B]) -> list[T]:
     """Split ``blocks`` into one run for each thread and call ``work`` on each; results in order."""
     count = min(n_threads(), len(blocks))
     if count == 1:

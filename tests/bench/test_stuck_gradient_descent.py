@@ -115,7 +115,7 @@ def test_toy_data_are_what_the_module_says(name):
 def test_the_convex_optimum_is_that_of_clarabel_and_a_network_attains_it():
     cp = pytest.importorskip("cvxpy")
     X, y = bench.toy_data("five points")
-    alpha, optimum = bench.convex_optimum(X, y, tol=1e-6)
+    alpha, optimum = bench.convex_optimum(X, y)
     # The four points between five on a line, each side on: by hand, without a gate.
     ends = np.arange(-2.5, 3.0)
     D = np.hstack([(X[:, :1] > ends), (X[:, :1] < ends)]).astype(float)
@@ -127,7 +127,7 @@ def test_the_convex_optimum_is_that_of_clarabel_and_a_network_attains_it():
     problem = cp.Problem(cp.Minimize(cp.sum_squares(error) / 10 + alpha * norms), cones)
     expected = problem.solve(solver="CLARABEL")
     assert optimum.objective == pytest.approx(expected, rel=2e-6)
-    assert optimum.gap <= 1e-6 * optimum.objective
+    assert 0 <= optimum.gap <= bench.TOLERANCE * optimum.objective
     attained = objective(X, y, optimum.W1, optimum.W2, alpha)
     assert attained == pytest.approx(expected, rel=2e-6)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,10 +135,10 @@ def page(build):
         "",
         "Every loss can be combined with every penalty, for gated ReLU and for ReLU networks, with",
         "and without an intercept and sample weights. Each solver that a cell names finds the",
-        "optimum of that combination, and the first one is chosen automatically. The test that",
-        "wrote this page compares all of them with cvxpy and Clarabel, to a relative 1e-5 of the",
-        "objective, with an intercept and without (``AugmentedLagrangian`` with one for the squared",
-        "loss only).",
+        "optimum of that combination, and the first one is chosen automatically for the test's",
+        "small problems. The test that wrote this page compares all of them with cvxpy and",
+        "Clarabel, to a relative 1e-5 of the objective, with an intercept and without",
+        "(``AugmentedLagrangian`` with one for the squared loss only).",
         "",
         "*gap*",
         "    The solver stops on a duality gap, which bounds how far the objective is from the",
@@ -146,7 +147,7 @@ def page(build):
         "    There is no bounded dual point without a penalty; the solver stops on the residual of",
         "    the first-order conditions.",
         "*refused*",
-        f"    {reason.value}",
+        *textwrap.wrap(str(reason.value), 86, initial_indent="    ", subsequent_indent="    "),
     ]
     for programme in PROGRAMMES:
         title = programme[0].upper() + programme[1:]
