@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import linprog, minimize
 
 from cvxdistill.solvers import (
+    ADMM,
     RFISTA,
     GatedReLUProblem,
+    ReLUProblem,
     activation_patterns,
     enumerate_gates,
     pattern_count,
@@ -166,6 +168,45 @@ def test_no_sample_of_gates_beats_all_patterns(seed):
         sampled = RFISTA(tol=1e-6).solve(GatedReLUProblem(X, Y, D), alpha)
         assert optimum.objective - optimum.duality_gap <= sampled.objective
     assert optimum.objective < sampled.objective  # 50 gates are not enough here
+
+
+@pytest.fixture(scope="module")
+def relu_optimum():
+    """Data, alpha, and the solution of C-ReLU over all patterns."""
+    rng = np.random.default_rng(0)
+    X = np.column_stack([rng.standard_normal((8, 2)), np.ones(8)])
+    Y = np.sign(rng.standard_normal(8))
+    D, G = activation_patterns(X, enumerate_gates(X))
+    alpha = 0.03 * GatedReLUProblem(X, Y, D).alpha_max()
+    solution = ADMM(tol=1e-4).solve(ReLUProblem(X, Y, D, G=G), alpha)
+    assert solution.converged
+    return X, Y, alpha, solution
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_sample_of_gates_beats_all_patterns_of_relu_networks(relu_optimum, seed):
+    X, Y, alpha, optimum = relu_optimum
+    D, G = activation_patterns(X, sample_gates(3, 8, random_state=seed))
+    sampled = ADMM(tol=1e-4).solve(ReLUProblem(X, Y, D, G=G), alpha)
+    assert optimum.objective - optimum.duality_gap <= sampled.objective
+    assert optimum.objective < sampled.objective - sampled.duality_gap  # 8 are not enough here
+
+
+def test_local_descent_finds_the_optimum_over_all_patterns_and_nothing_below_it(relu_optimum):
+    X, Y, alpha, optimum = relu_optimum
+    m = 30
+
+    def network(w):
+        W1, W2 = w[: 3 * m].reshape(3, m), w[3 * m :]
+        H = np.maximum(X @ W1, 0)
+        error = (H @ W2 - Y) / len(Y)
+        value = len(Y) / 2 * (error @ error) + alpha / 2 * (w @ w)
+        G1 = X.T @ (np.outer(error, W2) * (H > 0)) + alpha * W1
+        return value, np.concatenate([G1.ravel(), H.T @ error + alpha * W2])
+
+    rng = np.random.default_rng(1)
+    ends = [minimize(network, rng.standard_normal(4 * m) / 2, jac=True).fun for _ in range(20)]
+    assert optimum.objective - optimum.duality_gap <= min(ends) <= 1.01 * optimum.objective
 
 
 @pytest.mark.parametrize(
