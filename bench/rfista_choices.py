@@ -77,7 +77,7 @@ def iterations_to_certify(programme: GatedReLUProblem, share: float, tol: float)
             certificates["extrapolated"].offer(*point)
         certificates["corrected"].offer_corrected(state.R, state.C, state.V)
         b = programme.intercept(state.Z)
-        objective = programme.loss.value(state.Z + b, programme.Y)
+        objective = programme.loss.value(state.Z + b)
         objective += alpha * programme.regularizer.value(state.V)
         for kind, certificate in certificates.items():
             if certificate.gap(state.V, state.Z, b) <= tol * objective:
