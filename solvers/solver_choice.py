@@ -1,6 +1,6 @@
 """Solvers by name, and which one suits a problem.
 
-The rule for ReLU networks is measured by ``bench/relu_solvers.py``.
+What the rule for ReLU networks rests on is in ``bench/NOTES.rst``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -
     """The solver of that name with these settings, or the one that suits the problem.
 
     For gated ReLU "auto" takes Newton's method where a pure ridge of the squared loss has at most
-    2000 gated features p * d, and R-FISTA otherwise. For ReLU networks it takes ADMM, which needs
-    the fewest iterations and knows every penalty; but R-FISTA, where the penalty is one of lengths,
+    2000 gated features p * d, and R-FISTA otherwise. For ReLU networks it takes ADMM, which mostly
+    needs fewer steps and knows every penalty; but R-FISTA, where the penalty is one of lengths,
     if both n and p * d are beyond 6000, where ADMM has to solve its systems iteratively.
 
     Parameters
