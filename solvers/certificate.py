@@ -60,15 +60,18 @@ class DualCertificate:
             self.value, self.theta, self._conjugate = value, theta, conjugate
         return value
 
-    def offer_corrected(self, R: np.ndarray, C: np.ndarray, W: np.ndarray) -> None:
-        """Offer R moved on to the constraints of groups active at W or violated at C.
+    def offer_corrected(
+        self, R: np.ndarray, C: np.ndarray, W: np.ndarray, M: np.ndarray | None = None
+    ) -> None:
+        """Offer R moved on to the constraints of groups active at W or violated at C + M.
 
-        See ``cvxdistill.solvers.dual_correction``; C of ReLU networks includes the multipliers.
+        See ``cvxdistill.solvers.dual_correction``; M of ReLU networks is the multipliers' share.
         """
-        delta = residual_correction(self.problem, self.alpha, R, C, W)
+        with_M = C if M is None else C + M
+        delta = residual_correction(self.problem, self.alpha, R, with_M, W)
         if delta is not None:
             moved = C + self.problem.adjoint(delta)
-            self.offer(R + delta, self.problem.with_multipliers(moved, None))
+            self.offer(R + delta, self.problem.with_multipliers(moved, M, self.alpha))
 
     def gap(self, W: np.ndarray, Z: np.ndarray, b: np.ndarray) -> float:
         """Absolute duality gap at W, its predictions Z (n, c) without b, and b (c,)."""
@@ -136,7 +139,8 @@ def duality_gap(problem: ConvexProblem, V: np.ndarray, alpha: float) -> float:
     b = problem.intercept(Z)
     certificate = DualCertificate(problem, alpha)
     R = problem.residual(Z)
-    C = problem.with_multipliers(problem.adjoint(R), None)
-    certificate.offer(R, C)
-    certificate.offer_corrected(R, C, W)
+    C = problem.adjoint(R)
+    with_M = problem.with_multipliers(C, None, alpha)
+    certificate.offer(R, with_M)
+    certificate.offer_corrected(R, C, W, with_M - C)
     return certificate.gap(W, Z, b)

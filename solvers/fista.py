@@ -89,16 +89,16 @@ class ConeComposite(PlainComposite):
                 f"gate, ridge, none), got {problem.regularizer}; use AugmentedLagrangian or ADMM."
             )
         self.projector: ConeProjector = problem.projector()
-        self._M = problem.zeros()
+        self.M = problem.zeros()
 
     def prox(self, W: np.ndarray, s: float) -> np.ndarray:
         """Projection on to the cones, then proximal operator of s alpha Omega."""
         size = np.asarray(s, W.dtype)
         t = s * self.alpha
-        wanted = ~self.problem.regularizer.surely_zero(W + size * self._M, t)
+        wanted = ~self.problem.regularizer.surely_zero(W + size * self.M, t)
         V = self.projector(W, wanted)
-        shares = np.where(wanted[:, None, :], (V - W) / size, self._M)
-        self._M = shares
+        shares = np.where(wanted[:, None, :], (V - W) / size, self.M)
+        self.M = shares
         return self.problem.regularizer.prox(V, t)
 
 
@@ -180,12 +180,17 @@ class RFISTA(Solver):
 
         direction = V - state.V
         if float(np.vdot(change, direction)) < 0:
-            return FISTAState(V, Z, R, C, composite, V, Z, 1.0, next_s)
+            return FISTAState(V, Z, R, C, composite, V, Z, 1.0, next_s, M=_multipliers(composite))
         t = (1 + math.sqrt(1 + 4 * state.t**2)) / 2
         momentum = np.asarray((state.t - 1) / t, V.dtype)
         W = V + momentum * direction
         ZW = Z + momentum * (Z - state.Z)
-        return FISTAState(V, Z, R, C, composite, W, ZW, t, next_s)
+        return FISTAState(V, Z, R, C, composite, W, ZW, t, next_s, M=_multipliers(composite))
+
+
+def _multipliers(composite: Composite) -> np.ndarray | None:
+    """The cones' share of the last projection."""
+    return composite.M if isinstance(composite, ConeComposite) else None
 
 
 def start(composite: Composite, V: np.ndarray) -> FISTAState:

@@ -135,7 +135,9 @@ class ConvexProblem(ABC):
         """Weights nearest to W that meet the programme's constraints: W itself without any."""
         return W
 
-    def with_multipliers(self, C: np.ndarray, M: np.ndarray | None) -> np.ndarray:
+    def with_multipliers(
+        self, C: np.ndarray, M: np.ndarray | None = None, alpha: float = 0.0
+    ) -> np.ndarray:
         """C = A^T R / n with the share of the constraints' multipliers: C itself without any."""
         return C
 

@@ -107,17 +107,21 @@ class ReLUProblem(ConvexProblem):
             self._project_weights = self.projector()
         return self._project_weights(W)
 
-    def with_multipliers(self, C: np.ndarray, M: np.ndarray | None) -> np.ndarray:
+    def with_multipliers(
+        self, C: np.ndarray, M: np.ndarray | None = None, alpha: float = 0.0
+    ) -> np.ndarray:
         """C + M with M = X^T S_j Lambda_j, Lambda >= 0, for a solver's multipliers or better ones.
 
         Where the penalty only depends on lengths no Lambda makes C shorter than the projection of
-        C on to the cones does.
+        C on to the cones does; columns that M makes short enough for this alpha are left at that.
         """
+        shifted = C if M is None else C + M
         if not self.regularizer.of_lengths:
-            return C if M is None else C + M
+            return shifted
         if self._project_gradients is None:
             self._project_gradients = self.projector()
-        return self._project_gradients(C)
+        wanted = ~self.regularizer.surely_zero(shifted, alpha)
+        return np.where(wanted[:, None, :], self._project_gradients(C, wanted), shifted)
 
     def violation(self, W: np.ndarray) -> float:
         """max_i [-s_i x_i . w]_+ / (||x_i|| ||w||) over all columns w, in the units of X."""

@@ -179,9 +179,10 @@ class Solver(ABC):
                     Z = state.Z if W is state.V else problem.forward(W)
                     b = problem.intercept(Z)
                     objective = problem.loss.value(Z + b) + alpha * problem.regularizer.value(W)
-                    C = problem.with_multipliers(state.C, state.M)
+                    C = problem.with_multipliers(state.C, state.M, alpha)
                     certificate.offer(state.R, C)
-                    certificate.offer_corrected(state.R, C, W)
+                    share = None if C is state.C else C - state.C
+                    certificate.offer_corrected(state.R, state.C, W, share)
                     gap = certificate.gap(W, Z, b)
                     now = Progress(
                         iteration,

@@ -178,7 +178,31 @@ def test_the_gated_problem_has_no_constraints():
     problem = GatedReLUProblem(rng.standard_normal((9, 3)), np.ones(9), np.ones((9, 2), bool))
     W = problem.zeros()
     assert problem.feasible(W) is W and problem.violation(W) == 0
-    assert problem.with_multipliers(W, None) is W
+    assert problem.with_multipliers(W) is W
+
+
+@OPTIONS
+@pytest.mark.parametrize("penalty", ["neuron", "gate"])
+def test_multipliers_shorten_what_the_solvers_own_leave_too_long(make_relu, penalty, options):
+    problem = make_relu(penalty=penalty, **options)
+    rng = np.random.default_rng(0)
+    inside = problem.weights_from_user(into_cones(problem, rng))
+    C = rng.standard_normal(inside.shape)
+    other = rng.standard_normal(inside.shape)
+    M = 0.1 * (problem.feasible(other) - other)
+    best = problem.feasible(C)
+    axes = 1 if penalty == "neuron" else (1, 2)
+    short = np.linalg.norm(C + M, axis=axes)
+    alpha = float(np.median(short))
+    result = problem.with_multipliers(C, M, alpha)
+    left = np.broadcast_to((short <= alpha).reshape(len(C), 1, -1), C.shape)
+    assert left.any() and not left.all()
+    np.testing.assert_array_equal(result[left], (C + M)[left])
+    np.testing.assert_allclose(result[~left], best[~left], atol=1e-12)
+    # What was added is a combination of rows with multipliers >= 0: it pulls into the cones.
+    assert (np.einsum("pdc,pdc->pc", result - C, inside) >= -1e-9).all()
+    everything = problem.with_multipliers(C)
+    np.testing.assert_allclose(everything, best, atol=1e-12)
 
 
 def test_the_representation_names_the_programme(make_relu):
