@@ -37,6 +37,8 @@ from cvxdistill.solvers.solver import Solver, State
 FIRST_RHO = 0.3
 # Primal over dual residual (each relative) that rho is steered to, and how far off it may be.
 BALANCE, IMBALANCE = 4.0, 4.0
+# rho goes no lower than this share of its first value: without a penalty nothing else holds it.
+LEAST_SHARE = 1e-3
 # After so many changes rho and beta stay as they are, so that the method converges.
 MOST_CHANGES = 30
 # beta is lowered where it exceeds the curvature seen by this factor.
@@ -57,6 +59,7 @@ class ADMMState(State):
     copies: list[np.ndarray]
     duals: list[np.ndarray]
     rho: float
+    least_rho: float
     beta: float
     steepest: float
     steps: int
@@ -131,6 +134,7 @@ class ADMM(Solver):
             copies=[V] * count,
             duals=duals,
             rho=rho,
+            least_rho=LEAST_SHARE * rho,
             beta=beta,
             steepest=0.0,
             steps=0,
@@ -161,7 +165,7 @@ class ADMM(Solver):
             if 0 < LOOSENESS * steepest < beta:
                 beta, changes = 2 * steepest, changes + 1
             steepest = 0.0
-            factor = _imbalance(W, copies, state.copies, duals)
+            factor = max(_imbalance(W, copies, state.copies, duals), state.least_rho / rho)
             if factor != 1:
                 rho, changes = rho * factor, changes + 1
                 duals = [U / np.asarray(factor, dtype) for U in duals]
@@ -176,6 +180,7 @@ class ADMM(Solver):
             copies=copies,
             duals=duals,
             rho=rho,
+            least_rho=state.least_rho,
             beta=beta,
             steepest=steepest,
             steps=steps,

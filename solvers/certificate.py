@@ -13,6 +13,8 @@ import numpy as np
 from cvxdistill.solvers.dual_correction import residual_correction
 from cvxdistill.solvers.problem import ConvexProblem
 
+MOST_CORRECTIONS = 2
+
 
 class DualCertificate:
     """The best dual point seen so far for one problem and one alpha, and the gap it certifies.
@@ -65,13 +67,22 @@ class DualCertificate:
     ) -> None:
         """Offer R moved on to the constraints of groups active at W or violated at C + M.
 
-        See ``cvxdistill.solvers.dual_correction``; M of ReLU networks is the multipliers' share.
+        Where groups come or go on the way, it is moved once more from there. See
+        ``cvxdistill.solvers.dual_correction``; M of ReLU networks is the multipliers' share.
         """
+        problem = self.problem
         with_M = C if M is None else C + M
-        delta = residual_correction(self.problem, self.alpha, R, with_M, W)
-        if delta is not None:
-            moved = C + self.problem.adjoint(delta)
-            self.offer(R + delta, self.problem.with_multipliers(moved, M, self.alpha))
+        for _ in range(MOST_CORRECTIONS):
+            correction = residual_correction(problem, self.alpha, R, with_M, W)
+            if correction is None:
+                return
+            delta, moved = correction
+            R, C = R + delta, C + problem.adjoint(delta)
+            with_M = problem.with_multipliers(C, M, self.alpha)
+            self.offer(R, with_M)
+            if np.array_equal(W.any(axis=1), moved.any(axis=1)):
+                return
+            W = moved
 
     def gap(self, W: np.ndarray, Z: np.ndarray, b: np.ndarray) -> float:
         """Absolute duality gap at W, its predictions Z (n, c) without b, and b (c,)."""

@@ -2,14 +2,15 @@
 
 At the optimum R°(C_g) = alpha for every group g of weights that is not zero. With the polar
 directions U_g, <U_g, C_g> = R°(C_g), their predictions T_g = A U_g, and H = n times the Hessian of
-the loss where the residual is R, the move delta = H sum_g t_g T_g of least length in the metric of
-H^-1 that makes R°(C_g) = alpha to first order, for the groups that are active or violated, solves
+the loss where the residual is R, the move delta = H sum_g t_g T_g of the groups that are active or
+violated takes the lengths w_g = R(W_g) of the weights to w_g - t_g along these directions, where
 
-    (T^T H T / n) t = alpha - R°(C).
+    t minimises 1/2 t^T (T^T H T / n) t - sum_g (alpha - R°(C_g)) t_g   subject to t_g <= w_g.
 
-What is left is of second order, as is the error of the objective; scaling alone leaves a gap of
-first order. The metric keeps the residual inside the domain of the loss's conjugate, to first
-order too.
+Where no bound holds R°(C_g) = alpha to first order, and delta is the shortest such move in the
+metric of H^-1, which keeps the residual inside the domain of the loss's conjugate; groups that are
+on their way out stop at zero instead of being held at alpha. What is left is of second order, as is
+the error of the objective; scaling alone leaves a gap of first order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.linalg import LinAlgError, solve
+from scipy.linalg import LinAlgError, cholesky, solve, solve_triangular
+from scipy.optimize import nnls
 
 from cvxdistill.solvers.penalties import NuclearPenalty, Regularizer
 from cvxdistill.solvers.relu_operator import ReLUOperator
@@ -31,8 +33,10 @@ MOST_GRAM_ENTRIES = 2**26
 
 def residual_correction(
     problem: ConvexProblem, alpha: float, R: np.ndarray, C: np.ndarray, W: np.ndarray
-) -> np.ndarray | None:
-    """The move delta (n, c) of the residual R; None where there is nothing to correct.
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The move delta (n, c) of the residual R, and the weights that it leads to.
+
+    None where there is nothing to correct.
 
     That is for blended penalties, whose gap is of second order already, for penalties whose
     groups are not gates or their outputs, and where the systems would not fit in memory.
@@ -47,10 +51,10 @@ def residual_correction(
     W : ndarray of shape (blocks, d, c)
         Weights; what is not zero there counts as active.
     """
-    directions = _directions(problem.regularizer, alpha, C, W)
-    if directions is None:
+    found = _directions(problem.regularizer, alpha, C, W)
+    if found is None:
         return None
-    blocks, U, excess, chosen = directions
+    blocks, U, excess, lengths, chosen = found
     per_output = excess.ndim == 2
     H = problem.loss.hessian(R)
     coupled = H.ndim == 3 or not per_output
@@ -63,38 +67,59 @@ def residual_correction(
         rounding = float(np.finfo(R.dtype).eps) ** 0.75
         pulls = np.linalg.pinv(_sum_of_rows(H), rcond=rounding, hermitian=True)
     grams = _contribution_grams(problem, U, blocks, H, pulls)
-    t = np.zeros_like(excess)
+    # Columns of these are systems of their own.
+    if not per_output:
+        systems = [np.sum(list(grams.values()), axis=0)]
+    elif not coupled:
+        systems = list(grams.values())
+    else:
+        c = C.shape[2]
+        systems = [np.block([[grams[k, m] for m in range(c)] for k in range(c)])]
+    due, bounds, on = (a.T.reshape(len(systems), -1).T for a in (excess, lengths, chosen))
+    t = np.zeros_like(due)
     try:
-        if not per_output:
-            together = np.sum(list(grams.values()), axis=0)
-            t[:] = _solve_regularized(together / problem.operator.n, excess, R)
-        elif not coupled:
-            for (k, _), gram in grams.items():
-                on = np.flatnonzero(chosen[:, k])
-                system = gram[np.ix_(on, on)] / problem.operator.n
-                t[on, k] = _solve_regularized(system, excess[on, k], R)
-        else:
-            c = C.shape[2]
-            whole = np.block([[grams[k, m] for m in range(c)] for k in range(c)])
-            on = np.flatnonzero(chosen.T.ravel())
-            flat = np.zeros(chosen.size)
-            system = whole[np.ix_(on, on)] / problem.operator.n
-            flat[on] = _solve_regularized(system, excess.T.ravel()[on], R)
-            t = flat.reshape(c, -1).T
-    except LinAlgError:
+        for k in range(len(systems)):
+            mine = np.flatnonzero(on[:, k])
+            if len(mine) == 0:
+                continue
+            system = _regularized(systems[k][np.ix_(mine, mine)] / problem.operator.n, R)
+            t[mine, k] = solve_bounded(system, due[mine, k], bounds[mine, k])
+    except (LinAlgError, RuntimeError):  # not positive definite but for rounding, or no end
         return None
+    t = t.T.reshape(excess.T.shape).T
     move = problem.zeros()
-    np.add.at(move, blocks, U * t.reshape(len(blocks), 1, -1).astype(U.dtype))
+    np.add.at(move, blocks, U * _columns_of(t, U))
     delta = _apply(H, problem.forward(move))
     if pulls is not None:
         shift = pulls @ delta.sum(axis=0, dtype=np.float64)
         delta -= _apply(H, np.broadcast_to(shift.astype(R.dtype), R.shape))
-    return delta
+    if np.isinf(lengths).any():
+        return delta, W
+    moved = problem.zeros()
+    moved[blocks] = U * _columns_of(np.where(chosen, lengths - t, 0), U)
+    return delta, moved
+
+
+def solve_bounded(G: np.ndarray, e: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """argmin of 1/2 t^T G t - e^T t subject to t <= w, for positive definite G of shape (m, m).
+
+    Non-negative least squares in w - t and a Cholesky factor of G.
+    """
+    if np.isinf(w).all():
+        return solve(G, e, assume_a="pos")
+    L = cholesky(G, lower=True)
+    rest, _ = nnls(L.T, solve_triangular(L, G @ w - e, lower=True), maxiter=10 * len(e) + 100)
+    return w - rest
+
+
+def _columns_of(t: np.ndarray, U: np.ndarray) -> np.ndarray:
+    """Factors t (m,) or (m, c) in a shape and type that multiply U (m, d, c)."""
+    return t.reshape(len(U), 1, -1).astype(U.dtype)
 
 
 def _directions(
     regularizer: Regularizer, alpha: float, C: np.ndarray, W: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """What active or violated groups bound: directions U_m, and how far <U_m, C> is from its due.
 
     Returns
@@ -103,6 +128,8 @@ def _directions(
         The block of each direction.
     U : ndarray of shape (m, d, c)
     excess : ndarray of shape (m,), or (m, c) for groups that are outputs of blocks
+    lengths : ndarray of the same shape
+        R(W_g); infinite for directions that are not of a group each.
     chosen : ndarray of bool, of the same shape
         Which groups are active or violated; the others may share a block with one.
     """
@@ -112,15 +139,17 @@ def _directions(
     if polar is None:
         return None
     norms, U = polar
-    per_output = norms.ndim == 2
-    wanted = (norms > alpha) | W.any(axis=1 if per_output else (1, 2))
-    blocks = np.flatnonzero(wanted.any(axis=1) if per_output else wanted)
-    return blocks, U[blocks], (alpha - norms[blocks]).astype(np.float64), wanted[blocks]
+    axes = 1 if norms.ndim == 2 else (1, 2)
+    lengths = np.sqrt(np.sum(W * W, axis=axes, dtype=np.float64))
+    wanted = (norms > alpha) | (lengths > 0)
+    blocks = np.flatnonzero(wanted.any(axis=1) if norms.ndim == 2 else wanted)
+    excess = (alpha - norms[blocks]).astype(np.float64)
+    return blocks, U[blocks], excess, lengths[blocks], wanted[blocks]
 
 
 def _singular_directions(
     alpha: float, C: np.ndarray, W: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Directions that fix the leading singular values of each C_j, as many as W_j has rank.
 
     At the optimum these are all alpha. Singular values so close move like the eigenvalues of the
@@ -141,7 +170,9 @@ def _singular_directions(
                 U.append(pair if a == b else (pair + other) * np.asarray(0.5**0.5, C.dtype))
                 excess.append(alpha - float(S[j, a]) if a == b else 0.0)
     stacked = np.array(U, dtype=C.dtype).reshape(-1, *C.shape[1:])
-    return np.array(blocks, dtype=int), stacked, np.array(excess), np.ones(len(U), dtype=bool)
+    m = len(blocks)
+    unbounded, all_of_them = np.full(m, np.inf), np.ones(m, dtype=bool)
+    return np.array(blocks, dtype=int), stacked, np.array(excess), unbounded, all_of_them
 
 
 def _apply(H: np.ndarray, T: np.ndarray) -> np.ndarray:
@@ -194,9 +225,7 @@ def _contribution_grams(
     return dict(zip(pairs, grams, strict=True))
 
 
-def _solve_regularized(gram: np.ndarray, rhs: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Solve a positive semidefinite system, with a ridge of the order of what rounding leaves."""
-    if len(gram) == 0:
-        return rhs
-    ridge = np.finfo(like.dtype).eps ** 0.75 * np.trace(gram) / len(gram)
-    return solve(gram + max(ridge, 1e-300) * np.eye(len(gram)), rhs, assume_a="pos")
+def _regularized(gram: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """A positive semidefinite matrix, with a ridge of the order of what rounding leaves."""
+    ridge = np.finfo(like.dtype).eps ** 0.75 * np.trace(gram) / max(len(gram), 1)
+    return gram + max(ridge, 1e-300) * np.eye(len(gram))

@@ -189,6 +189,17 @@ def test_float32_stays_float32_and_certifies_what_it_can(build, monkeypatch, sid
     assert solution.violation < 1e-6
 
 
+def test_without_a_penalty_it_converges_though_solutions_are_unbounded(build, solve_with_cvxpy):
+    """What V and U share costs nothing, and the multipliers go to 0: only the floor holds rho."""
+    options = {"penalty": "none", "fit_intercept": True}
+    problem = build(n=80, p=12, c=2, **options)
+    solution = ADMM(tol=1e-4).solve(problem, 0.01)
+    assert solution.converged and solution.kkt_residual <= 1e-4
+    A = problem.operator
+    best, _ = solve_with_cvxpy(A.X, problem.Y, A.D, 0.01, relu=True, **options)
+    assert solution.objective == pytest.approx(best, rel=1e-5)
+
+
 def test_at_alpha_max_the_solution_is_zero(build):
     problem = build(fit_intercept=True)
     solution = ADMM().solve(problem, 1.001 * problem.alpha_max())

@@ -2,9 +2,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import lsq_linear
 
 from cvxdistill.solvers import RFISTA, DualCertificate
-from cvxdistill.solvers.dual_correction import _contribution_grams, residual_correction
+from cvxdistill.solvers.dual_correction import (
+    _contribution_grams,
+    residual_correction,
+    solve_bounded,
+)
 from cvxdistill.solvers.losses import LOSSES
 from cvxdistill.solvers.relu_problem import ReLUProblem
 
@@ -67,7 +74,7 @@ def test_the_gap_near_the_optimum_is_of_second_order(make_problem, loss, penalty
         scaled.append(certificate.gap(W, Z, b))
         certificate.offer_corrected(R, C, W)
         corrected.append(certificate.gap(W, Z, b))
-        delta = residual_correction(problem, alpha, R, C, W)
+        delta, _ = residual_correction(problem, alpha, R, C, W)
         norm = problem.regularizer.penalty.dual_norm(C + problem.adjoint(delta))
         excess.append(abs(norm / alpha - 1))
         if problem.fit_intercept:
@@ -80,33 +87,53 @@ def test_the_gap_near_the_optimum_is_of_second_order(make_problem, loss, penalty
 @pytest.mark.parametrize("penalty", ["neuron", "gate"])
 @ANY_LOSS
 @ANY_OPTION
-def test_the_move_is_the_least_that_meets_the_linearised_constraints(
+def test_the_move_solves_the_bounded_problem_and_shortens_the_weights_by_it(
     make_problem, loss, penalty, option
 ):
-    """min <delta, H^-1 delta> s.t. <T_g, delta> / n = alpha - R°(C_g), 1^T delta = 0: by pinv."""
+    """min 1/2 <delta, H^-1 delta> - sum_g t_g (alpha - R°(C_g)), t_g <= R(W_g): by SciPy."""
     problem = make(make_problem, loss, penalty, option, n=25, d=4, p=5)
     A, c = problem.operator, problem.n_outputs
     alpha = 0.3 * problem.alpha_max()
     W = RFISTA(tol=1e-2).solve(problem, alpha).V
     R = problem.residual(problem.forward(problem.weights_from_user(W)))
     C = problem.adjoint(R)
-    constraints, excess = [], []
+    contributions, excess, lengths, directions = [], [], [], []
     groups = [(j, slice(k, k + 1)) for j in range(A.p) for k in range(c)]
     for j, k in groups if penalty == "neuron" else [(j, slice(None)) for j in range(A.p)]:
-        length = np.linalg.norm(C[j, :, k])
-        if length > alpha or W[j, :, k].any():
-            T = np.zeros((A.n, c))
-            T[:, k] = A.D[:, [j]] * (A.X @ C[j, :, k]) / length
-            constraints.append(T.ravel() / A.n)
-            excess.append(alpha - length)
-    if problem.fit_intercept:
-        constraints.extend(constants(A.n, c).T)
-        excess.extend([0] * c)
+        norm = np.linalg.norm(C[j, :, k])
+        if norm > alpha or W[j, :, k].any():
+            U = np.zeros_like(W)
+            U[j, :, k] = C[j, :, k] / norm
+            contributions.append(A.forward(U).ravel())
+            excess.append(alpha - norm)
+            lengths.append(np.linalg.norm(W[j, :, k]))
+            directions.append(U)
     values, vectors = np.linalg.eigh(whole_hessian(problem.loss.hessian(R)))
     root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-    expected = root @ np.linalg.lstsq(np.array(constraints) @ root, excess, rcond=1e-10)[0]
-    delta = residual_correction(problem, alpha, R, C, W)
-    np.testing.assert_allclose(delta.ravel(), expected, atol=1e-6 * np.abs(expected).max())
+    T = root @ np.array(contributions).T
+    if problem.fit_intercept:
+        ones = root @ constants(A.n, c)
+        T -= ones @ np.linalg.lstsq(ones, T, rcond=1e-10)[0]
+    target = np.linalg.lstsq(T.T, A.n * np.array(excess), rcond=1e-10)[0]
+    t = lsq_linear(T, target, (-np.inf, lengths), tol=1e-14).x
+    delta, moved = residual_correction(problem, alpha, R, C, W)
+    np.testing.assert_allclose(delta.ravel(), root @ T @ t, atol=1e-6 * np.abs(delta).max())
+    expected = np.einsum("g,gjik->jik", np.array(lengths) - t, np.array(directions))
+    np.testing.assert_allclose(moved, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@given(seed=st.integers(0, 2**32 - 1), m=st.integers(1, 40), rank=st.integers(1, 60))
+def test_bounded_systems_are_solved_as_by_scipy(seed, m, rank):
+    rng = np.random.default_rng(seed)
+    A = np.vstack([rng.standard_normal((rank, m)), 1e-3 * np.eye(m)])
+    w = rng.exponential(size=m) * (rng.random(m) < 0.7)
+    e = rng.standard_normal(m) * 10 ** rng.uniform(-2, 2)
+    G = A.T @ A
+    t = solve_bounded(G, e, w)
+    expected = lsq_linear(A, np.linalg.lstsq(A.T, e)[0], (-np.inf, w), method="bvls").x
+    value, least = (x @ G @ x / 2 - e @ x for x in (t, expected))
+    assert (t <= w).all()
+    assert value <= least + 1e-7 * abs(least)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -185,5 +212,5 @@ def test_float32_residuals_get_float32_corrections(make_problem):
         problem = make(make_problem, loss, "neuron", "both", dtype=np.float32)
         W = problem.weights_from_user(np.ones(problem.weights_shape))
         R = problem.residual(problem.forward(W))
-        delta = residual_correction(problem, 0.1, R, problem.adjoint(R), W)
+        delta, _ = residual_correction(problem, 0.1, R, problem.adjoint(R), W)
         assert delta.dtype == np.float32 and np.isfinite(delta).all()
