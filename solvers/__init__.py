@@ -10,6 +10,12 @@ from cvxdistill.solvers.cones import (
     interior_directions,
     project_onto_cones,
 )
+from cvxdistill.solvers.coordinate_descent import (
+    BlockCoordinateDescent,
+    GroupPath,
+    GroupSolution,
+    group_alpha_max,
+)
 from cvxdistill.solvers.data_gates import (
     sample_pair_gates,
     sample_quantile_gates,
@@ -27,6 +33,7 @@ from cvxdistill.solvers.gate_samplers import (
 from cvxdistill.solvers.gate_violations import violating_gates
 from cvxdistill.solvers.gated_operator import GatedOperator
 from cvxdistill.solvers.gates import activation_patterns, evaluate_gates
+from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
 from cvxdistill.solvers.network import (
     Neurons,
     leading_neurons,
@@ -47,11 +54,15 @@ __all__ = [
     "ADMM",
     "RFISTA",
     "AugmentedLagrangian",
+    "BlockCoordinateDescent",
     "ConeDecomposition",
     "DualCertificate",
     "GateGeneration",
     "GatedOperator",
     "GatedReLUProblem",
+    "GroupElasticNetProblem",
+    "GroupPath",
+    "GroupSolution",
     "Neurons",
     "Path",
     "ReLUProblem",
@@ -72,6 +83,7 @@ __all__ = [
     "evaluate_gates",
     "generate_gates",
     "gram_matrix",
+    "group_alpha_max",
     "interior_directions",
     "leading_neurons",
     "neurons_from_weights",

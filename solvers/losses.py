@@ -250,6 +250,71 @@ class MultinomialLoss:
         return np.where(inside, (xlogy(Q, Q) - Q * log_P).sum(axis=1), np.inf)
 
 
+@dataclass(frozen=True)
+class PoissonLoss:
+    """l(z, y) = exp(z) - y z + y log y - y for counts y >= 0: half the deviance, least 0.
+
+    Its curvature has no bound, so it is not one of ``LOSSES``, which all solvers of networks take.
+    """
+
+    smoothness: ClassVar[float] = np.inf
+
+    def check_targets(self, Y: np.ndarray, fit_intercept: bool = False) -> None:
+        """Raise ValueError unless Y is one column of numbers >= 0, not all 0 for an intercept."""
+        if Y.shape[1] != 1 or (Y < 0).any():
+            raise ValueError(
+                "The Poisson loss needs Y of one column of numbers >= 0, got "
+                f"{Y.shape[1]} column(s) with values from {Y.min():g} to {Y.max():g}."
+            )
+        if fit_intercept and not Y.any():
+            raise ValueError("With an intercept the Poisson loss needs a number > 0 in Y.")
+
+    def value(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return exp(z) - y z + y log y - y."""
+        return self.fenchel_gap(Z, np.zeros_like(Z), Y)
+
+    def residual(self, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return y - exp(z)."""
+        return Y - _exp(Z)
+
+    def bregman(self, Z_new: np.ndarray, Z: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return exp(z) (exp(e) - 1 - e), e = z_new - z."""
+        E = (Z_new - Z)[:, 0].astype(np.float64)
+        small = np.abs(E) < 0.5
+        rise = np.where(small, 0, _exp(E) - 1 - E)
+        rise[small] = _expm1_minus_identity(E[small])
+        return _exp(Z[:, 0]) * rise
+
+    def hessian(self, R: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return exp(z) = y - r."""
+        return np.maximum(Y - R, 0)
+
+    def conjugate(self, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return q log q - q - y log y + y with q = y - theta >= 0."""
+        q, y = (Y - theta)[:, 0], Y[:, 0]
+        inside = q >= -_slack(q) * np.maximum(1, y)
+        q = np.maximum(q, 0)
+        return np.where(inside, xlogy(q, q) - q - xlogy(y, y) + y, np.inf)
+
+    def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return exp(z) - q z + q log q - q with q = y - theta."""
+        z, q = Z[:, 0], (Y - theta)[:, 0]
+        inside = q >= -_slack(q) * np.maximum(1, Y[:, 0])
+        q = np.maximum(q, 0)
+        # q (exp(u) - 1 - u) with u = z - log q, which does not cancel where they agree.
+        u = z - np.log(np.where(q > 0, q, 1))
+        small = (np.abs(u) < 0.5) & (q > 0)
+        value = np.where(q > 0, _exp(z) - q * (1 + u), _exp(z))
+        value[small] = q[small] * _expm1_minus_identity(u[small].astype(np.float64))
+        return np.where(inside, value, np.inf)
+
+
+def _exp(Z: np.ndarray) -> np.ndarray:
+    """Exponentials; infinite, without a warning, where they overflow."""
+    with np.errstate(over="ignore"):
+        return np.exp(Z)
+
+
 def _slack(A: np.ndarray) -> float:
     """What rounding may add to a number on the boundary of a conjugate's domain."""
     return 16 * float(np.finfo(A.dtype).eps)

@@ -1,0 +1,86 @@
+"""Feature columns of a linear model, stored or made from gates: products, and pieces of columns."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from cvxdistill.solvers.gated_operator import GatedOperator, as_weights
+from cvxdistill.solvers.threads import one_blas_thread
+
+
+class Columns(Protocol):
+    """A matrix A (n, d) of features."""
+
+    shape: tuple[int, int]
+    dtype: Any
+
+    def forward(self, B: np.ndarray) -> np.ndarray:
+        """A B, (n, c), for B of shape (d, c)."""
+        ...
+
+    def adjoint(self, R: np.ndarray) -> np.ndarray:
+        """A^T R in float64, (d, c), for R of shape (n, c)."""
+        ...
+
+    def take(self, features: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+        """Columns of these features, in float64, on these rows."""
+        ...
+
+
+class DenseColumns:
+    """An array."""
+
+    def __init__(self, X: np.ndarray):
+        self.X = X
+        self.shape: tuple[int, int] = X.shape
+        self.dtype = X.dtype
+
+    def forward(self, B: np.ndarray) -> np.ndarray:
+        """X B, from the features that are not zero."""
+        used = np.flatnonzero(B.any(axis=1))
+        if len(used) == 0:
+            return np.zeros((self.shape[0], B.shape[1]), dtype=self.dtype)
+        part = B[used].astype(self.dtype)
+        return (self.X if len(used) == len(B) else self.X[:, used]) @ part
+
+    def adjoint(self, R: np.ndarray) -> np.ndarray:
+        """X^T R."""
+        return (self.X.T @ R.astype(self.dtype, copy=False)).astype(np.float64, copy=False)
+
+    def take(self, features: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+        """Some columns."""
+        return np.take(self.X[rows], features, axis=1).astype(np.float64, copy=False)
+
+
+class GatedColumns:
+    """The features diag(D[:, j]) X of a gated operator, gate after gate; never all at once."""
+
+    def __init__(self, operator: GatedOperator):
+        self.operator = operator
+        self.shape = operator.n, operator.p * operator.d
+        self.dtype = operator.dtype
+
+    def forward(self, B: np.ndarray) -> np.ndarray:
+        """sum_j diag(D[:, j]) X B_j."""
+        A = self.operator
+        V = as_weights(B.reshape(A.p, A.d, -1), A.dtype)
+        with one_blas_thread():
+            return A.forward(V)
+
+    def adjoint(self, R: np.ndarray) -> np.ndarray:
+        """X^T diag(D[:, j]) R for all gates."""
+        A = self.operator
+        with one_blas_thread():
+            C = A.adjoint(R.astype(A.dtype, copy=False))
+        return C.reshape(A.p * A.d, -1).astype(np.float64, copy=False)
+
+    def take(self, features: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+        """Some columns."""
+        A = self.operator
+        gates, inputs = np.divmod(features, A.d)
+        X = np.asarray(A.X[rows], dtype=np.float64)
+        if A.scale is not None:
+            X = X / A.scale
+        return X[:, inputs] * A.D[rows][:, gates]
