@@ -85,6 +85,23 @@ class AverageLoss:
             return H
         return H * self.weights.reshape(-1, *(1,) * (H.ndim - 1)).astype(H.dtype)
 
+    @property
+    def is_coupled(self) -> bool:
+        """Whether the Hessian of an example couples its outputs."""
+        return hasattr(self.loss, "hessian_product")
+
+    def hessian_product(self, R: np.ndarray, V: np.ndarray) -> np.ndarray:
+        """n times the Hessian of L where the residual is R, times V (n, c)."""
+        if not self.is_coupled:
+            return self.hessian(R) * V
+        product = self.loss.hessian_product(self._unweighted(R), self.Y, V)  # type: ignore[attr-defined]
+        return product if self.weights is None else product * self.weights[:, None]
+
+    def hessian_bound(self, R: np.ndarray) -> np.ndarray:
+        """n times a bound (n,) of the eigenvalues of each example's Hessian; of a coupled loss."""
+        bound = self.loss.hessian_bound(self._unweighted(R), self.Y)  # type: ignore[attr-defined]
+        return bound if self.weights is None else bound * self.weights
+
     def mean_hessian(self, R: np.ndarray) -> np.ndarray:
         """Mean over examples of ``hessian``, (c,) or (c, c), in float64, a block at a time."""
         R = self._unweighted(R)

@@ -14,31 +14,39 @@ where its length s solves sum_i ||z_gi||^2 / ((lambda_i + r_g) s + t_g)^2 = 1 (z
 There are two forms. The *covariance* form keeps P = q - H B and costs m^2 c a sweep over m
 features, whatever n is; the groups of a tile are treated one after the other against the tile's own
 piece of H, and the rest of P catches up by one matrix product for each tile. The *naive* form keeps
-the residual U, with P = A^T U / n for columns scaled by sqrt(h), and costs 2 n m c. Every few
-sweeps Anderson's method extrapolates either; P and U are affine in B, so that a mixture of iterates
-has the mixture of theirs.
+the residual U, with P = A^T U / n for columns scaled by sqrt(h), and costs 2 n m c. Sweeps find out
+which groups are zero, and are slow on the others where features are correlated; so a step of
+Newton's method on these (``cvxdistill.solvers.active_newton``) follows when sweeps have cost as
+much as a share of one.
 
 References
 ----------
 Friedman, Hastie and Tibshirani 2010 (the two forms); Yang and Hastie 2024 (exact blocks by the
-eigenvalues of each); Bertrand and Massias 2021 (Anderson's method for coordinate descent).
+eigenvalues of each).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numba
 import numpy as np
 
+from cvxdistill.solvers.active_newton import (
+    direction_from_columns,
+    direction_from_gram,
+    step_length,
+)
+
 # Features of a tile of the covariance form: its piece of H, of P and of B stay in cache.
 TILE = 48
-# Sweeps between two extrapolations, and how many iterates each mixes.
-EXTRAPOLATE_EVERY, MIXED = 5, 6
-# Sweeps over the blocks that are not zero between two over all.
-MOST_ACTIVE_SWEEPS = 50
+# Sweeps over the groups that are not zero between two over all.
+ACTIVE_SWEEPS = 4
+# Newton's step comes when sweeps have cost this share of it.
+SHARE = 0.3
+# What an operation of a sweep costs in those of a matrix product.
+SWEEP_COST = 4.0
 
 
 @dataclass
@@ -80,12 +88,12 @@ class Penalties:
         runs = [np.arange(self.starts[g], self.starts[g + 1]) for g in groups]
         return np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
 
-    def conjugate_and_scale(self, P: np.ndarray) -> tuple[float, float]:
+    def conjugate_and_scale(self, lengths: np.ndarray) -> tuple[float, float]:
         """The largest s <= 1 for which the conjugate at s P is finite, and its value there.
 
-        Groups with neither norm nor ridge are left out: P is 0 there in a dual point.
+        Takes the lengths ||P_g||. Groups with neither norm nor ridge are left out: P is 0 there in
+        a dual point.
         """
-        lengths = self.lengths(P)
         bound = (self.ridge == 0) & (self.norm > 0)
         over = lengths[bound] / self.norm[bound]
         s = 1 / max(1.0, float(over.max(initial=0.0)))
@@ -117,84 +125,98 @@ class BlockDescent(ABC):
         """P = q - H B, of shape (m, c)."""
 
     @abstractmethod
+    def refresh(self) -> None:
+        """Compute ``shadow`` anew: sweeps only add to it, and so do their roundings."""
+
+    @abstractmethod
     def fit(self) -> float:
         """1/2 sum_i h_i ||u_i||^2 / n, the quadratic and what makes it a sum of squares."""
 
     @abstractmethod
-    def sweep(self, penalties: Penalties) -> float:
-        """Minimise over each group in turn; return the largest lambda_i |change|^2 of a feature."""
+    def sweep(self, penalties: Penalties, *, only_active: bool = False) -> float:
+        """Minimise over each group in turn; return the largest lambda_i |change|^2 of a feature.
+
+        If so asked, groups that are zero stay zero.
+        """
 
     @abstractmethod
-    def restricted(self, features: np.ndarray) -> BlockDescent:
-        """The programme over some features only, the others held where they are."""
+    def sweep_work(self, active: int) -> float:
+        """Operations of a sweep over so many features, in those of a matrix product."""
 
     @abstractmethod
-    def accept(self, part: BlockDescent, features: np.ndarray) -> None:
-        """Take over what ``restricted`` has reached."""
+    def newton_work(self, active: int) -> float:
+        """Operations of Newton's direction on so many features."""
 
-    def gap(self, penalties: Penalties) -> float:
+    @abstractmethod
+    def newton_direction(
+        self, features: np.ndarray, penalties: Penalties, P: np.ndarray
+    ) -> np.ndarray | None:
+        """Newton's direction on some features, whose rows of P are these, if there is one."""
+
+    @abstractmethod
+    def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """By how much ``shadow`` falls when the rows of B of these features grow by ``change``."""
+
+    @abstractmethod
+    def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
+        """<change, H change>."""
+
+    def gap(self, penalties: Penalties, P: np.ndarray | None = None) -> float:
         """Duality gap at B, from the residual scaled until it is feasible."""
-        P = self.gradient()
-        s, conjugate = penalties.conjugate_and_scale(P)
+        P = self.gradient() if P is None else P
+        s, conjugate = penalties.conjugate_and_scale(penalties.lengths(P))
         pull = float(np.vdot(self.B, P))
         return (1 - s) ** 2 * self.fit() + penalties.value(self.B) + conjugate - s * pull
 
     def minimise(self, penalties: Penalties, target: float, most_sweeps: int = 100_000) -> int:
         """Descend until the duality gap is at most ``target``; return the number of sweeps.
 
-        All groups are swept once, and then those that are not zero until they are solved.
+        Each sweep over all groups, which finds out those that are not zero, is followed by a step
+        of Newton's method on these.
         """
-        sweeps = 0
+        sweeps, work = 0, 0.0
         while sweeps < most_sweeps:
-            self.sweep(penalties)
+            largest = self.sweep(penalties)
             sweeps += 1
-            if self.gap(penalties) <= target:
+            P = self.gradient()
+            if self.gap(penalties, P) <= target or not largest > 0:
                 break
-            active = np.flatnonzero(penalties.lengths(self.B) > 0)
-            if len(active) == 0:
-                if not self.sweep(penalties) > 0:
-                    break
+            active = max(1, int(np.count_nonzero(self.B.any(axis=1))))
+            each, newton = self.sweep_work(active), self.newton_work(active)
+            if work + each >= SHARE * newton:
+                self.newton_step(penalties, P)
+                work = 0.0
                 continue
-            features = penalties.features(active)
-            if len(features) > 0.8 * len(self.B):
-                sweeps += self._descend(penalties, target, EXTRAPOLATE_EVERY)
-            else:
-                part = self.restricted(features)
-                sweeps += part._descend(penalties.of(active), target / 2, MOST_ACTIVE_SWEEPS)
-                self.accept(part, features)
+            more = min(ACTIVE_SWEEPS, most_sweeps - sweeps)
+            for _ in range(more):
+                self.sweep(penalties, only_active=True)
+            sweeps += more
+            work += (1 + more) * each
         return sweeps
 
-    def _descend(self, penalties: Penalties, target: float, most: int) -> int:
-        """Sweep with extrapolation until the gap is at most ``target``."""
-        past = [(self.B.copy(), self.shadow.copy())]
-        for k in range(1, most + 1):
-            self.sweep(penalties)
-            past.append((self.B.copy(), self.shadow.copy()))
-            if k % EXTRAPOLATE_EVERY == 0:
-                self._extrapolate(past[-MIXED:], penalties)
-                past = [(self.B.copy(), self.shadow.copy())]
-                if self.gap(penalties) <= target:
-                    return k
-        return most
-
-    def _extrapolate(self, past: list[tuple[np.ndarray, np.ndarray]], penalties: Penalties) -> None:
-        """Go to the mixture of past iterates that Anderson's method proposes, if it is better."""
-        steps = np.array([(b - a).ravel() for (a, _), (b, _) in pairwise(past)])
-        gram = steps @ steps.T
-        size = np.trace(gram)
-        if not size > 0:
+    def newton_step(self, penalties: Penalties, P: np.ndarray) -> None:
+        """Go along Newton's direction on the groups that are not zero as far as it is best."""
+        lengths = penalties.lengths(self.B)
+        active = np.flatnonzero((lengths > 0) | (penalties.norm == 0))
+        local, features = penalties.of(active), penalties.features(active)
+        if len(active) == 0:
             return
-        weights = np.linalg.solve(gram + 1e-12 * size * np.eye(len(gram)), np.ones(len(gram)))
-        total = weights.sum()
-        if not abs(total) > 0:
+        change = self.newton_direction(features, local, P[features])
+        if change is None:
             return
-        weights /= total
-        here = self.B.copy(), self.shadow.copy()
-        before = self.fit() + penalties.value(self.B)
-        self.B[...] = sum(w * B for w, (B, _) in zip(weights, past[1:], strict=True))
-        self.shadow = sum(w * S for w, (_, S) in zip(weights, past[1:], strict=True))
-        if not self.fit() + penalties.value(self.B) < before:
-            self.B[...], self.shadow = here
+        image = self.image(features, change)
+        B, first = self.B[features], local.starts[:-1]
+        tau = step_length(
+            float(np.vdot(P[features], change)),
+            self.curvature(features, change, image),
+            local.norm,
+            local.ridge,
+            lengths[active] ** 2,
+            np.add.reduceat(np.einsum("mc,mc->m", B, change), first),
+            np.add.reduceat(np.einsum("mc,mc->m", change, change), first),
+        )
+        self.B[features] = B + tau * change
+        self.shadow -= tau * image
 
 
 class CovarianceDescent(BlockDescent):
@@ -227,6 +249,17 @@ class CovarianceDescent(BlockDescent):
         self.squares = squares
         self.shadow = q - H @ B if P is None else P
 
+    @classmethod
+    def at(cls, H: np.ndarray, B: np.ndarray, P: np.ndarray, left: float) -> CovarianceDescent:
+        """From what is known at B: P, and ``left``, the sum of h_i ||u_i||^2 / n there."""
+        q = P + H @ B
+        squares = left + float(np.vdot(B, q)) + float(np.vdot(B, P))
+        return cls(H, q, B, squares, P)
+
+    def refresh(self) -> None:
+        """Compute P anew."""
+        self.shadow = self.q - self.H @ self.B
+
     def gradient(self) -> np.ndarray:
         """P."""
         return self.shadow
@@ -236,7 +269,16 @@ class CovarianceDescent(BlockDescent):
         left = self.squares - float(np.vdot(self.B, self.q)) - float(np.vdot(self.B, self.shadow))
         return max(left, 0.0) / 2
 
-    def sweep(self, penalties: Penalties) -> float:
+    def sweep_work(self, active: int) -> float:
+        """One pass over their columns of H."""
+        return SWEEP_COST * active * self.B.size
+
+    def newton_work(self, active: int) -> float:
+        """A factorisation, for more outputs also an inverse and solutions."""
+        c = self.B.shape[1]
+        return active**3 / 3 if c == 1 else active**3 + 2 * active**2 * c
+
+    def sweep(self, penalties: Penalties, *, only_active: bool = False) -> float:
         """Minimise over each group in turn, a tile at a time."""
         return _covariance_sweep(
             self.H,
@@ -246,22 +288,24 @@ class CovarianceDescent(BlockDescent):
             penalties.starts,
             penalties.norm,
             penalties.ridge,
+            only_active,
         )
 
-    def restricted(self, features: np.ndarray) -> CovarianceDescent:
-        """The programme over some features: their piece of H."""
-        H = self.H[np.ix_(features, features)]
-        B, P = self.B[features], self.shadow[features]
-        q = P + H @ B
-        # What the others leave: fit() must not change.
-        squares = 2 * self.fit() + float(np.vdot(B, q)) + float(np.vdot(B, P))
-        return CovarianceDescent(H, q, B, squares, P)
+    def newton_direction(
+        self, features: np.ndarray, penalties: Penalties, P: np.ndarray
+    ) -> np.ndarray | None:
+        """From the piece of H."""
+        H = self.H if len(features) == len(self.H) else self.H[np.ix_(features, features)]
+        G, U, k = smooth_part(P, self.B[features], penalties)
+        return direction_from_gram(H, G, U, k, penalties.ridge, penalties.starts)
 
-    def accept(self, part: BlockDescent, features: np.ndarray) -> None:
-        """Take over B, and bring P up to date."""
-        change = part.B - self.B[features]
-        self.shadow -= self.H[features].T @ change
-        self.B[features] = part.B
+    def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """H change."""
+        return self.H[features].T @ change
+
+    def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
+        """<change, H change>."""
+        return float(np.vdot(change, image[features]))
 
 
 class NaiveDescent(BlockDescent):
@@ -275,11 +319,25 @@ class NaiveDescent(BlockDescent):
         sqrt(h) times the residual at B; changed in place.
     B, eigenvalues
         As for ``BlockDescent``.
+    start : ndarray of shape (n, c), optional
+        U at B = 0, where it is known.
     """
 
-    def __init__(self, AT: np.ndarray, U: np.ndarray, B: np.ndarray, eigenvalues: np.ndarray):
+    def __init__(
+        self,
+        AT: np.ndarray,
+        U: np.ndarray,
+        B: np.ndarray,
+        eigenvalues: np.ndarray,
+        start: np.ndarray | None = None,
+    ):
         super().__init__(B, eigenvalues)
         self.AT, self.shadow = AT, U
+        self.start = U + AT.T @ B if start is None else start
+
+    def refresh(self) -> None:
+        """Compute U anew."""
+        np.subtract(self.start, self.AT.T @ self.B, out=self.shadow)
 
     def gradient(self) -> np.ndarray:
         """A^T U / n."""
@@ -289,21 +347,59 @@ class NaiveDescent(BlockDescent):
         """Half of the mean square of U."""
         return float(np.vdot(self.shadow, self.shadow)) / (2 * len(self.shadow))
 
-    def sweep(self, penalties: Penalties) -> float:
-        """Minimise over each group in turn."""
-        starts, norm, ridge = penalties.starts, penalties.norm, penalties.ridge
-        return _naive_sweep(self.AT, self.shadow, self.B, self.eigenvalues, starts, norm, ridge)
+    def sweep_work(self, active: int) -> float:
+        """Two passes over their columns."""
+        return SWEEP_COST * 2 * active * self.shadow.size
 
-    def restricted(self, features: np.ndarray) -> NaiveDescent:
-        """The programme over some features, with copies of their columns."""
-        return NaiveDescent(
-            self.AT[features], self.shadow.copy(), self.B[features], self.eigenvalues[features]
+    def newton_work(self, active: int) -> float:
+        """The smaller Gram matrix and its factorisation."""
+        n, c = self.shadow.shape
+        small, large = sorted((n, active))
+        return small**2 * large / 2 + small**3 / 3 + (c > 1) * (active**3 + 2 * active**2 * c)
+
+    def sweep(self, penalties: Penalties, *, only_active: bool = False) -> float:
+        """Minimise over each group in turn."""
+        return _naive_sweep(
+            self.AT,
+            self.shadow,
+            self.B,
+            self.eigenvalues,
+            penalties.starts,
+            penalties.norm,
+            penalties.ridge,
+            only_active,
         )
 
-    def accept(self, part: BlockDescent, features: np.ndarray) -> None:
-        """Take over B and U."""
-        self.B[features] = part.B
-        self.shadow[...] = part.shadow
+    def newton_direction(
+        self, features: np.ndarray, penalties: Penalties, P: np.ndarray
+    ) -> np.ndarray | None:
+        """From the columns, or their piece of H where that is smaller."""
+        AT = self.AT if len(features) == len(self.AT) else self.AT[features]
+        G, U, k = smooth_part(P, self.B[features], penalties)
+        r, starts = penalties.ridge, penalties.starts
+        if len(features) > self.AT.shape[1] and U.shape[1] == 1:
+            change = direction_from_columns(AT, G[:, 0], U[:, 0], k, r, starts)
+            return None if change is None else change[:, None]
+        return direction_from_gram(AT @ AT.T / AT.shape[1], G, U, k, r, starts)
+
+    def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """A change."""
+        return self.AT[features].T @ change
+
+    def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
+        """||A change||^2 / n."""
+        return float(np.vdot(image, image)) / len(image)
+
+
+def smooth_part(
+    P: np.ndarray, B: np.ndarray, penalties: Penalties
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Negative gradient, u_g and k_g of groups that are not zero."""
+    lengths, sizes = penalties.lengths(B), np.diff(penalties.starts)
+    safe = np.where(lengths > 0, lengths, 1.0)
+    k = penalties.norm / safe
+    G = P - np.repeat(k + penalties.ridge, sizes)[:, None] * B
+    return G, B / np.repeat(safe, sizes)[:, None], k
 
 
 @numba.njit(cache=True, nogil=True)
@@ -341,21 +437,24 @@ def length_of_block(squares, eigenvalues, t, r):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _covariance_sweep(H, P, B, eigenvalues, starts, norm, ridge):  # type: ignore[no-untyped-def]
+def _covariance_sweep(  # type: ignore[no-untyped-def]
+    H, P, B, eigenvalues, starts, norm, ridge, only_active
+):
     m, c = B.shape
     largest = 0.0
-    first = 0
-    groups = len(norm)
-    while first < groups:
-        last = first + 1
-        a = starts[first]
-        while last < groups and starts[last + 1] - a <= TILE:
-            last += 1
+    last = len(norm)
+    while last > 0:
+        first = last - 1
         e = starts[last]
+        while first > 0 and e - starts[first - 1] <= TILE:
+            first -= 1
+        a = starts[first]
         change = np.zeros((e - a, c))
         moved = False
-        for g in range(first, last):
+        for g in range(last - 1, first - 1, -1):
             x, y = starts[g], starts[g + 1]
+            if only_active and not B[x:y].any():
+                continue
             biggest = _update_block(P, B, change, eigenvalues, x, y, a, norm[g], ridge[g])
             if biggest > 0:
                 moved = True
@@ -381,11 +480,10 @@ def _covariance_sweep(H, P, B, eigenvalues, starts, norm, ridge):  # type: ignor
                         for k in range(e, m):
                             P[k, 0] -= H[i, k] * v
             else:
-                if a > 0:
-                    P[:a] -= np.dot(np.ascontiguousarray(H[a:e, :a].T), change)
-                if e < m:
-                    P[e:] -= np.dot(np.ascontiguousarray(H[a:e, e:].T), change)
-        first = last
+                mine = P[a:e].copy()
+                P -= np.dot(H[a:e].T, change)
+                P[a:e] = mine
+        last = first
     return largest
 
 
@@ -426,16 +524,42 @@ def _update_block(P, B, change, eigenvalues, x, y, a, t, r):  # type: ignore[no-
 
 
 @numba.njit(cache=True, nogil=True)
-def _naive_sweep(AT, U, B, eigenvalues, starts, norm, ridge):  # type: ignore[no-untyped-def]
+def _naive_sweep(AT, U, B, eigenvalues, starts, norm, ridge, only_active):  # type: ignore[no-untyped-def]
     n, c = U.shape
+    u = U.reshape(n * c)
     largest = 0.0
-    for g in range(len(norm)):
+    for g in range(len(norm) - 1, -1, -1):
         x, y = starts[g], starts[g + 1]
-        P = np.dot(AT[x:y], U)
+        if only_active and not B[x:y].any():
+            continue
+        P = np.empty((y - x, c))
+        if c == 1:
+            for i in range(x, y):
+                P[i - x, 0] = _dot(AT[i], u)
+        else:
+            P[:] = np.dot(AT[x:y], U)
         P /= n
         change = np.empty((y - x, c))
         biggest = _update_block(P, B[x:y], change, eigenvalues[x:y], 0, y - x, 0, norm[g], ridge[g])
         if biggest > 0:
             largest = max(largest, biggest)
-            U -= np.dot(AT[x:y].T, change)
+            if c == 1:
+                for i in range(x, y):
+                    _subtract(u, AT[i], change[i - x, 0])
+            else:
+                U -= np.dot(AT[x:y].T, change)
     return largest
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _subtract(u, a, factor):  # type: ignore[no-untyped-def]
+    for i in range(len(u)):
+        u[i] -= factor * a[i]

@@ -26,26 +26,26 @@ import numpy as np
 from tqdm import tqdm
 
 from cvxdistill.solvers import solution as status
-from cvxdistill.solvers.block_descent import (
-    BlockDescent,
-    CovarianceDescent,
-    NaiveDescent,
-    Penalties,
-)
+from cvxdistill.solvers.active_newton import conjugate_gradients
+from cvxdistill.solvers.block_descent import Penalties, smooth_part
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem, row_weights
-from cvxdistill.solvers.losses import SquaredLoss
+from cvxdistill.solvers.losses import HuberLoss, SquaredLoss
 from cvxdistill.solvers.path import alpha_grid
-from cvxdistill.solvers.rows import row_blocks
+from cvxdistill.solvers.quadratic_model import QuadraticModel
 from cvxdistill.solvers.solution import relative
 
 # Features whose whole Gram matrix is formed at once, if there are as many examples.
 MOST_GRAM_FEATURES = 2000
-# The largest Gram matrix: 1 GB.
-MOST_COVARIANCE_FEATURES = 11_000
 # An alpha at which all penalised coefficients are 0.
 HUGE = 1e150
 # Share of the gap at which the quadratic model of another loss is left.
 INNER_SHARE = 0.1
+# A quadratic model of another loss keeps its weights until these have changed by such a share.
+STALE = 0.2
+# Rounds without a smaller gap after which rounding is all that is left.
+MOST_IDLE = 20
+# Of Newton's steps for coupled losses: relative residual, and most conjugate gradient steps.
+CG_TOLERANCE, CG_STEPS = 0.2, 30
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class GroupSolution:
         Sweeps.
     seconds : float
     status : str
-        "converged", "iteration limit", "time limit" or "stopped by callback".
+        "converged", "iteration limit", "time limit" or "no progress", where rounding keeps the gap
+        above the tolerance.
     """
 
     features: np.ndarray = field(repr=False)
@@ -285,27 +286,62 @@ class _Descent:
         )
         self.coef = self.coef.copy()
         self.quadratic = isinstance(problem.loss.loss, SquaredLoss)
+        # Whether the weights of a quadratic model are a bound of the Hessian, not the Hessian.
+        self.bounded = problem.loss.is_coupled or isinstance(problem.loss.loss, HuberLoss)
         blocks = len(problem.block_weights)
         self.free = np.arange(len(problem.penalised), blocks)
         self.last_alpha: float | None = None
+        # Of the dual point at the coefficients, while that is up to date, and of the last one.
+        self.dual: tuple[np.ndarray, np.ndarray] | None = None
         self.lengths: np.ndarray | None = None
-        whole = self.quadratic and d <= min(MOST_GRAM_FEATURES, n) and settings.form != "naive"
+        whole = self.quadratic and d <= min(MOST_GRAM_FEATURES, 2 * n) and settings.form != "naive"
+        self.form = "covariance" if whole else settings.form
         if whole:
-            self.working = np.arange(blocks)
+            self.working = np.concatenate([self.free, np.setdiff1d(np.arange(blocks), self.free)])
         else:
             used = problem.penalties(1.0).lengths(self.coef[problem.order]) > 0
-            used[self.free] = True
-            self.working = np.flatnonzero(used)
-        self.model: _Model | None = None
+            self.working = np.concatenate(
+                [self.free, np.setdiff1d(np.flatnonzero(used), self.free)]
+            )
+        self.model: QuadraticModel | None = None
         self._evaluate()
+        # Gaps below this are none: the loss is rounded to so much.
+        self.rounding = float(np.finfo(self.F.dtype).eps * problem.loss.value(self.F))
 
     def _evaluate(self) -> None:
         """Predictions, intercept and residual at the coefficients."""
         problem = self.problem
-        self.Z = problem.columns.forward(self.coef)
-        self.b = problem.intercept(self.Z)
-        self.F = problem.predictions(self.Z, self.b)
+        Z = problem.columns.forward(self.coef)
+        self.b = problem.intercept(Z)
+        self.F = problem.predictions(Z, self.b)
         self.R = problem.loss.residual(self.F)
+        self.dual = None
+
+    def _take_over(self, model: QuadraticModel) -> None:
+        """The same from a model that is the loss itself; residuals only where they are needed."""
+        problem = self.problem
+        self.coef = model.coefficients(self.coef)
+        R = model.residual()
+        if R is None and not model.whole:
+            self._evaluate()
+            return
+        self.b = np.zeros(problem.n_outputs)
+        if problem.fit_intercept:
+            Y = problem.loss.Y if problem.offset is None else problem.loss.Y - problem.offset
+            self.b = np.average(Y, axis=0, weights=model.h) - model.mean_prediction()
+        if R is not None:
+            self.R = R.astype(self.R.dtype)
+            self.F = (problem.loss.Y - R / model.h[:, None]).astype(self.F.dtype)
+        self.dual = None
+
+    def _certify(self, penalties: Penalties, alpha: float) -> tuple[float, float]:
+        """Objective and duality gap at the coefficients; keeps the lengths ||C_g||."""
+        problem = self.problem
+        if self.dual is None:
+            self.dual = problem.dual_point(self.F, self.R)
+        theta, self.lengths = self.dual
+        gap = problem.gap(self.coef, self.F, theta, self.lengths, alpha)
+        return self._objective(penalties), gap
 
     def alpha_max(self) -> float:
         """From the solution without any penalised feature."""
@@ -314,9 +350,8 @@ class _Descent:
             return np.inf
         if len(self.free):
             self._solve(HUGE)
-        theta = problem._orthogonal(self.R)
-        C = problem.columns.adjoint(theta)[problem.order] / len(self.Z)
-        self.lengths = problem.penalties(1.0).lengths(C)
+        self.dual = problem.dual_point(self.F, self.R)
+        self.lengths = self.dual[1]
         penalised = problem.block_weights > 0
         ratios = self.lengths[penalised] / problem.block_weights[penalised]
         self.last_alpha = float(ratios.max(initial=0.0)) / problem.l1_ratio
@@ -356,12 +391,12 @@ class _Descent:
         return np.flatnonzero(self.lengths >= bound)
 
     def _add(self, blocks: np.ndarray) -> np.ndarray:
-        """Take blocks into the working set; the unpenalised one stays last. Return the new ones."""
+        """Take blocks into the working set, and into the model; return the new ones."""
         new = np.setdiff1d(blocks, self.working)
         if len(new):
-            kept = np.setdiff1d(self.working, self.free)
-            self.working = np.concatenate([kept, np.setdiff1d(new, self.free), self.free])
-            self.model = None
+            self.working = np.concatenate([self.working, new])
+            if self.model is not None:
+                self.model.extend(new, self.coef, self.R)
         return new
 
     def _solve(self, alpha: float) -> tuple[float, float, int, str]:
@@ -369,28 +404,33 @@ class _Descent:
         problem, settings = self.problem, self.settings
         start, sweeps = time.perf_counter(), 0
         penalties = problem.penalties(alpha)
-        target = np.inf
+        target, best, idle = np.inf, np.inf, 0
         while True:
             if self.quadratic and self.model is not None and self.model.whole:
-                objective, gap, lengths = self.model.certify(penalties)
+                objective, gap, self.lengths = self.model.certify(penalties)
             else:
-                objective = self._objective(penalties)
-                gap, lengths = problem.certify(self.coef, self.Z, self.F, self.R, alpha)
+                objective, gap = self._certify(penalties, alpha)
             if not np.isfinite(objective):
                 raise FloatingPointError("The objective is not finite: scale X, Y or the offset.")
-            self.lengths = lengths
-            enough = settings.tol * objective if objective > 0 else settings.tol
+            lengths = self.lengths
+            assert lengths is not None
+            enough = max(settings.tol * objective, self.rounding)
+            if objective == 0:
+                enough = settings.tol
             verdict = None
+            idle = 0 if gap < 0.999 * best else idle + 1
+            best = min(best, gap)
             if gap <= enough:
                 verdict = status.CONVERGED
+            elif idle >= MOST_IDLE:
+                verdict = status.NO_PROGRESS
             elif sweeps >= settings.max_iter:
                 verdict = status.ITERATION_LIMIT
             elif settings.time_limit and time.perf_counter() - start > settings.time_limit:
                 verdict = status.TIME_LIMIT
             if verdict is not None:
                 if self.quadratic and self.model is not None and self.model.whole:
-                    self.coef = self.model.coefficients(self.coef)
-                    self._evaluate()
+                    self._take_over(self.model)
                 return objective, gap, sweeps, verdict
             over = lengths > penalties.norm * (1 + 1e-10)
             violators = np.setdiff1d(np.flatnonzero(over), self.working)
@@ -399,33 +439,97 @@ class _Descent:
                 excess = lengths[violators] / penalties.norm[violators]
                 violators = violators[np.argsort(-excess)[:most]]
             self._add(violators)
-            if self.model is None or not self.quadratic:
-                h = row_weights(problem.loss, self.R)
-                self.model = _Model(problem, self.working, h, self.coef, self.R, settings.form)
+            self.model = self._model()
             if self.quadratic:
                 # Groups outside the working set shrink the dual point too: ask for more each time.
                 target = min(0.5 * target, 0.5 * enough)
             else:
                 target = INNER_SHARE * max(gap, enough)
-            local = penalties.of(self.working)
+            local = self.model.penalties(penalties)
             sweeps += self.model.descent.minimise(local, target, settings.max_iter - sweeps)
             if self.quadratic:
                 if not self.model.whole:
-                    self.coef = self.model.coefficients(self.coef)
-                    self._evaluate()
+                    self._take_over(self.model)
             else:
                 self._line_search(penalties, objective)
+                if self.bounded:
+                    self._newton_step(penalties)
+
+    def _model(self) -> QuadraticModel:
+        """The quadratic model here; with the weights of the last one, if these have not changed."""
+        problem = self.problem
+        if self.model is None or not self.quadratic:
+            h = row_weights(problem.loss, self.F, self.R)
+            if self.model is not None and np.abs(h - self.model.h).sum() < STALE * h.sum():
+                self.model.move(self.coef, self.R)
+            else:
+                return QuadraticModel(problem, self.working, h, self.coef, self.R, self.form)
+        return self.model
+
+    def _newton_step(self, penalties: Penalties) -> None:
+        """Newton's step with the Hessian itself, on the groups that are not zero.
+
+        By conjugate gradients, with the model as preconditioner. Columns are centred as in the
+        model, so that the intercept hardly matters to the rest.
+        """
+        problem, model = self.problem, self.model
+        assert model is not None
+        local = model.penalties(penalties)
+        B = self.coef[model.features]
+        active = np.flatnonzero((local.lengths(B) > 0) | (local.norm == 0))
+        if len(active) == 0:
+            return
+        places, local = local.features(active), local.of(active)
+        features, B = model.features[places], B[places]
+        G, U, k = smooth_part(problem.columns.adjoint(self.R)[features] / len(self.R), B, local)
+        first, sizes = local.starts[:-1], np.diff(local.starts)
+        A = problem.columns.take(features)
+        center = np.zeros(len(features))
+        if problem.fit_intercept:
+            center = model.mean[places] / model.h.sum()
+            A -= center
+        # Single precision is enough for a direction.
+        A = A.astype(np.float32)
+        n, m = A.shape
+        G -= np.outer(center, self.R.mean(axis=0))
+        stiff = np.repeat(k + local.ridge, sizes)
+        solve = model.preconditioner(places, stiff)
+        scale, R = model.h.mean(), self.R.astype(A.dtype)
+
+        # The last row is the intercept's.
+        def product(V: np.ndarray) -> np.ndarray:
+            out = np.empty_like(V)
+            F = A @ V[:m].astype(A.dtype) + V[m].astype(A.dtype)
+            HV = problem.loss.hessian_product(R, F)
+            inner = np.add.reduceat(np.einsum("mc,mc->m", U, V[:m]), first)
+            out[:m] = A.T @ HV / n + stiff[:, None] * V[:m]
+            out[:m] -= np.repeat(k * inner, sizes)[:, None] * U
+            out[m] = HV.mean(axis=0) if problem.fit_intercept else V[m]
+            return out
+
+        def precondition(V: np.ndarray) -> np.ndarray:
+            return np.vstack([solve(V[:m]), V[m] / scale])
+
+        right = np.vstack([G, np.zeros(G.shape[1])])
+        change = conjugate_gradients(product, precondition, right, CG_TOLERANCE, CG_STEPS)[:m]
+        proposed = self.coef.copy()
+        proposed[features] += change
+        self._go_towards(proposed, penalties, self._objective(penalties))
 
     def _line_search(self, penalties: Penalties, objective: float) -> None:
         """Go to the model's minimiser, or back towards here until the objective falls."""
-        before = self.coef
         assert self.model is not None
-        proposed = self.model.coefficients(before)
+        self._go_towards(self.model.coefficients(self.coef), penalties, objective)
+
+    def _go_towards(self, proposed: np.ndarray, penalties: Penalties, objective: float) -> None:
+        """Go to other coefficients, or back from there until the objective is no larger."""
+        before = self.coef
+        slack = 4 * float(np.finfo(self.F.dtype).eps)
         t = 1.0
         for _ in range(40):
             self.coef = proposed if t == 1 else before + t * (proposed - before)
             self._evaluate()
-            if self._objective(penalties) <= objective * (1 + 1e-14):
+            if self._objective(penalties) <= objective * (1 + slack):
                 return
             t /= 2
         self.coef = before
@@ -433,119 +537,3 @@ class _Descent:
 
     def _objective(self, penalties: Penalties) -> float:
         return self.problem.loss.value(self.F) + penalties.value(self.coef[self.problem.order])
-
-
-class _Model:
-    """A quadratic model of the loss on a working set of blocks, rotated, and its descent.
-
-    1/(2n) sum_i h_i ||u_i - a_i (B - B_0)||^2 with working residuals u = R / h at B_0, and columns
-    of A centred with weights h if there is an intercept, which is minimised over in closed form.
-    """
-
-    def __init__(
-        self,
-        problem: GroupElasticNetProblem,
-        working: np.ndarray,
-        h: np.ndarray,
-        coef: np.ndarray,
-        R: np.ndarray,
-        form: str,
-    ):
-        self.problem = problem
-        every = Penalties(problem.starts, problem.block_weights, problem.block_weights)
-        self.places = every.features(working)
-        self.features = problem.order[self.places]
-        self.starts = every.of(working).starts
-        self.blocks = len(problem.block_weights)
-        self.whole = len(working) == self.blocks
-        self.working = working
-        n, m = len(h), len(self.features)
-        if form == "auto":
-            form = "covariance" if m <= min(n, MOST_COVARIANCE_FEATURES) else "naive"
-        h = np.maximum(h, 1e-10 * h.max())
-        R = R.astype(np.float64)
-        self.descent: BlockDescent
-        if form == "covariance":
-            H, q = self._gram(h, R)
-            self.rotations = self._rotations(H)
-            self._rotate_gram(H)
-            B = self._rotate(coef[self.features])
-            P = self._rotate(q)
-            q = P + H @ B
-            squares = float(np.sum(R * R / h[:, None])) / n
-            squares += float(np.vdot(B, q)) + float(np.vdot(B, P))
-            self.descent = CovarianceDescent(H, q, B, squares, P)
-        else:
-            root = np.sqrt(h)
-            A = problem.columns.take(self.features)
-            if problem.fit_intercept:
-                A = A - np.average(A, axis=0, weights=h)
-            A *= root[:, None]
-            AT = np.ascontiguousarray(A.T)
-            del A
-            self.rotations = []
-            for a, e in self._ranges():
-                Q = np.linalg.eigh(AT[a:e] @ AT[a:e].T)[1] if e - a > 1 else np.ones((1, 1))
-                if e - a > 1:
-                    AT[a:e] = Q.T @ AT[a:e]
-                self.rotations.append(Q)
-            B = self._rotate(coef[self.features])
-            eigenvalues = np.einsum("mn,mn->m", AT, AT) / n
-            self.descent = NaiveDescent(AT, R / root[:, None], B, eigenvalues)
-
-    def certify(self, penalties: Penalties) -> tuple[float, float, np.ndarray]:
-        """Objective, duality gap and lengths ||C_g|| of all blocks, from the model alone."""
-        local = penalties.of(self.working)
-        descent = self.descent
-        lengths = np.zeros(self.blocks)
-        lengths[self.working] = local.lengths(descent.gradient())
-        return descent.fit() + local.value(descent.B), max(descent.gap(local), 0.0), lengths
-
-    def coefficients(self, coef: np.ndarray) -> np.ndarray:
-        """coef with the model's in their places, rotated back."""
-        out = coef.copy()
-        B = np.empty_like(self.descent.B)
-        for Q, (a, e) in zip(self.rotations, self._ranges(), strict=True):
-            B[a:e] = Q @ self.descent.B[a:e]
-        out[self.features] = B
-        return out
-
-    def _ranges(self) -> list[tuple[int, int]]:
-        return list(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
-
-    def _gram(self, h: np.ndarray, R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A^T diag(h) A / n, centred, and A^T R / n, from blocks of rows."""
-        problem = self.problem
-        n, m = len(h), len(self.features)
-        H, q, mean = np.zeros((m, m)), np.zeros((m, R.shape[1])), np.zeros(m)
-        for rows in row_blocks(n, m, np.float64):
-            A = problem.columns.take(self.features, rows)
-            q += A.T @ R[rows]
-            weighted = A * np.sqrt(h[rows])[:, None]
-            H += weighted.T @ weighted
-            mean += h[rows] @ A
-        H /= n
-        q /= n
-        if problem.fit_intercept:
-            H -= np.outer(mean, mean / (n * h.sum()))
-        return H, q
-
-    def _rotations(self, H: np.ndarray) -> list[np.ndarray]:
-        one = np.ones((1, 1))
-        return [np.linalg.eigh(H[a:e, a:e])[1] if e - a > 1 else one for a, e in self._ranges()]
-
-    def _rotate_gram(self, H: np.ndarray) -> None:
-        for Q, (a, e) in zip(self.rotations, self._ranges(), strict=True):
-            if e - a > 1:
-                H[a:e] = Q.T @ H[a:e]
-        for Q, (a, e) in zip(self.rotations, self._ranges(), strict=True):
-            if e - a > 1:
-                H[:, a:e] = H[:, a:e] @ Q
-                H[a:e, a:e] = np.diag(np.maximum(np.diagonal(H[a:e, a:e]), 0))
-
-    def _rotate(self, B: np.ndarray) -> np.ndarray:
-        out = B.astype(np.float64)
-        for Q, (a, e) in zip(self.rotations, self._ranges(), strict=True):
-            if e - a > 1:
-                out[a:e] = Q.T @ out[a:e]
-        return out

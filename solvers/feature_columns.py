@@ -42,8 +42,10 @@ class DenseColumns:
         used = np.flatnonzero(B.any(axis=1))
         if len(used) == 0:
             return np.zeros((self.shape[0], B.shape[1]), dtype=self.dtype)
-        part = B[used].astype(self.dtype)
-        return (self.X if len(used) == len(B) else self.X[:, used]) @ part
+        # Copying columns costs more than some zeros.
+        if 2 * len(used) > len(B):
+            return self.X @ B.astype(self.dtype)
+        return self.X[:, used] @ B[used].astype(self.dtype)
 
     def adjoint(self, R: np.ndarray) -> np.ndarray:
         """X^T R."""

@@ -23,7 +23,7 @@ from cvxdistill.solvers.average_loss import AverageLoss
 from cvxdistill.solvers.block_descent import Penalties
 from cvxdistill.solvers.feature_columns import Columns, DenseColumns, GatedColumns
 from cvxdistill.solvers.gated_operator import GatedOperator
-from cvxdistill.solvers.losses import LOSSES, Loss, PoissonLoss
+from cvxdistill.solvers.losses import LOSSES, HuberLoss, Loss, PoissonLoss, SquaredLoss
 
 GROUP_LOSSES: dict[str, Loss] = {**LOSSES, "poisson": PoissonLoss()}
 
@@ -156,29 +156,36 @@ class GroupElasticNetProblem:
         B = self._coefficients(coef)
         Z = self.columns.forward(B)
         F = self.predictions(Z, self.intercept(Z))
-        return self.certify(B, Z, F, self.loss.residual(F), alpha)[0]
+        theta, lengths = self.dual_point(F, self.loss.residual(F))
+        return self.gap(B, F, theta, lengths, alpha)
 
-    def certify(
-        self, B: np.ndarray, Z: np.ndarray, F: np.ndarray, R: np.ndarray, alpha: float
-    ) -> tuple[float, np.ndarray]:
-        """Duality gap of B (d, c) with Z = X B, predictions F, residual R; and lengths ||C_g||.
+    def dual_point(self, F: np.ndarray, R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Residual R made orthogonal to the unpenalised features, and ||C_g|| of all blocks.
 
-        These are of all blocks, C = X^T R / n.
+        With C = X^T theta / n.
         """
-        theta = self._orthogonal(R)
-        C = self.columns.adjoint(theta)[self.order] / len(Z)
+        theta = self._orthogonal(F, R)
+        C = self.columns.adjoint(theta)[self.order] / len(R)
+        return theta, self.penalties(1.0).lengths(C)
+
+    def gap(
+        self, B: np.ndarray, F: np.ndarray, theta: np.ndarray, lengths: np.ndarray, alpha: float
+    ) -> float:
+        """Duality gap of B (d, c) with predictions F, from theta, scaled until it is feasible."""
         penalties = self.penalties(alpha)
-        s, conjugate = penalties.conjugate_and_scale(C)
+        s, conjugate = penalties.conjugate_and_scale(lengths)
         scaled = theta * np.asarray(s, theta.dtype)
         gap = self.loss.fenchel_gap(F, scaled) + penalties.value(B[self.order]) + conjugate
-        gap -= float(np.sum(Z * scaled, dtype=np.float64)) / len(Z)
-        return float(np.maximum(gap, 0.0)), penalties.lengths(C)
+        # Columns of theta sum to 0 where there is an intercept: it may stay in F.
+        Z = F if self.offset is None else F - self.offset
+        gap -= float(np.sum(Z * scaled, dtype=np.float64)) / len(F)
+        return float(np.maximum(gap, 0.0))
 
-    def _orthogonal(self, R: np.ndarray) -> np.ndarray:
+    def _orthogonal(self, F: np.ndarray, R: np.ndarray) -> np.ndarray:
         """R moved, in the metric of the inverse Hessian, until X_u^T R = 0 for unpenalised u."""
         if len(self.penalised) == len(self.block_weights):
             return R
-        h = row_weights(self.loss, R)
+        h = row_weights(self.loss, F, R)
         U = self.columns.take(self.order[self.starts[-2] :])
         if self.fit_intercept:
             U = np.hstack([np.ones((len(U), 1)), U])
@@ -198,20 +205,22 @@ class GroupElasticNetProblem:
         return B
 
 
-def row_weights(loss: AverageLoss, R: np.ndarray) -> np.ndarray:
-    """Weights h (n,) of a quadratic model of the loss at residual R, in float64.
+def row_weights(loss: AverageLoss, F: np.ndarray, R: np.ndarray) -> np.ndarray:
+    """Weights h (n,) of a quadratic model of the loss at predictions F, residual R, in float64.
 
-    The second derivative for one output; for more a bound of the Hessian's eigenvalues: 1 for the
-    squared and Huber's loss, max_k 2 q_k (1 - q_k) for the multinomial one.
+    The second derivative for one output; for more a bound: 1 for the squared loss,
+    max_k 2 q_k (1 - q_k) for the multinomial one (Gershgorin). For Huber's loss always its
+    majoriser psi(u) / u at u = y - f, the largest over outputs.
     """
-    H = loss.hessian(R)
-    if H.ndim == 3:
-        diagonal = np.einsum("nkk->nk", H)
-        h = 2 * diagonal.max(axis=1)
-    elif np.isfinite(loss.smoothness) and loss.smoothness == 1:
+    if loss.is_coupled:
+        h = loss.hessian_bound(R)
+    elif isinstance(loss.loss, HuberLoss):
+        U = loss.Y - F
+        h = np.divide(R, U, out=loss.hessian(np.zeros_like(R)), where=U != 0).max(axis=1)
+    elif isinstance(loss.loss, SquaredLoss):
         h = np.ones(len(R)) if loss.weights is None else loss.weights
     else:
-        h = H[:, 0]
+        h = loss.hessian(R)[:, 0]
     return np.asarray(h, dtype=np.float64)
 
 

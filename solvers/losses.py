@@ -234,6 +234,18 @@ class MultinomialLoss:
         H[:, np.arange(Q.shape[1]), np.arange(Q.shape[1])] += Q
         return H
 
+    def hessian_product(self, R: np.ndarray, Y: np.ndarray, V: np.ndarray) -> np.ndarray:
+        """Return the Hessian times V (n, c), q v - q <q, v>, without forming it."""
+        Q = np.clip(Y - R, 0, 1)
+        product = Q * V
+        product -= Q * product.sum(axis=1, keepdims=True)
+        return product
+
+    def hessian_bound(self, R: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Return max_k 2 q_k (1 - q_k) (n,), above the eigenvalues of the Hessian (Gershgorin)."""
+        Q = np.clip(Y - R, 0, 1)
+        return 2 * (Q * (1 - Q)).max(axis=1)
+
     def conjugate(self, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
         """Return sum_k q_k log q_k, q = y - theta a probability."""
         Q = Y - theta

@@ -10,6 +10,7 @@ CONVERGED = "converged"
 ITERATION_LIMIT = "iteration limit"
 TIME_LIMIT = "time limit"
 STOPPED = "stopped by callback"
+NO_PROGRESS = "no progress"
 
 
 @dataclass(frozen=True)

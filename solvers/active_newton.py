@@ -1,0 +1,220 @@
+"""Newton's direction on the groups that are not zero, where a group elastic net is smooth.
+
+With lengths l_g = ||B_g||, u_g = B_g / l_g and k_g = t_g / l_g the Hessian of
+
+    1/2 <B, H B> - <q, B> + sum_g (t_g ||B_g|| + r_g / 2 ||B_g||^2)
+
+is, on the vectorised B, H x I + diag(k + r) - sum_g k_g u_g u_g^T. With one output it is formed and
+factorised. With more, only M = H + diag(k + r) is, and the rank-one terms, one for each group, are
+put in by Woodbury's identity, for which
+
+    <U_g, (M^-1 x I) U_h> = sum over i in g, j in h of (M^-1)_ij <u_i, u_j>.
+
+Where there are more features than examples, H = A^T A / n, the system is reduced to one in the n
+examples and the lengths of the groups, by eliminating what is orthogonal to u_g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numba
+import numpy as np
+from scipy import linalg
+
+# Added to the diagonal, relative to its mean.
+DAMPING = 1e-11
+
+
+def direction_from_gram(
+    H: np.ndarray, G: np.ndarray, U: np.ndarray, k: np.ndarray, r: np.ndarray, starts: np.ndarray
+) -> np.ndarray | None:
+    """Solve for the direction, from H (m, m) and the negative gradient G (m, c).
+
+    Parameters
+    ----------
+    H : ndarray of shape (m, m)
+    G : ndarray of shape (m, c)
+    U : ndarray of shape (m, c)
+        u_g, anything where k is 0.
+    k, r : ndarray of shape (groups,)
+    starts : ndarray of shape (groups + 1,)
+
+    Returns
+    -------
+    ndarray of shape (m, c), or None if the Hessian is singular to working precision.
+    """
+    sizes = np.diff(starts)
+    M = H.copy()
+    diagonal = np.repeat(k + r, sizes)
+    M.flat[:: len(M) + 1] += diagonal + DAMPING * (np.trace(H) / len(H) + diagonal)
+    if G.shape[1] == 1:
+        _subtract_outer(M, U[:, 0], k, starts)
+        factor, failed = linalg.lapack.dpotrf(M, lower=1, overwrite_a=1, clean=0)
+        if failed:
+            return None
+        return linalg.lapack.dpotrs(factor, G, lower=1)[0]
+    factor, failed = linalg.lapack.dpotrf(M, lower=1, clean=0)
+    if failed:
+        return None
+    Z = linalg.lapack.dpotrs(factor, G, lower=1)[0]
+    normed = k > 0
+    if not normed.any():
+        return Z
+    inverse, failed = linalg.lapack.dpotri(factor, lower=1)
+    inverse = np.tril(inverse)
+    inverse += np.tril(inverse, -1).T
+    first = starts[:-1]
+    inverse *= U @ U.T
+    C = np.add.reduceat(np.add.reduceat(inverse, first, axis=0), first, axis=1)
+    C = C[np.ix_(normed, normed)]
+    pull = np.add.reduceat(np.einsum("mc,mc->m", U, Z), first)[normed]
+    capacity = np.diag(1 / k[normed]) - C
+    capacity.flat[:: len(capacity) + 1] += DAMPING / k[normed]
+    y = np.zeros(len(k))
+    _, y[normed], failed = linalg.lapack.dposv(capacity, pull, lower=1)
+    if failed:
+        return None
+    return Z + linalg.lapack.dpotrs(factor, U * np.repeat(y, sizes)[:, None], lower=1)[0]
+
+
+def direction_from_columns(
+    AT: np.ndarray, g: np.ndarray, u: np.ndarray, k: np.ndarray, r: np.ndarray, starts: np.ndarray
+) -> np.ndarray | None:
+    """Solve for the direction with one output, from the columns: H = AT AT^T / n.
+
+    Takes AT (m, n), the negative gradient g (m,) and what ``direction_from_gram`` takes.
+    """
+    n = AT.shape[1]
+    sizes = np.diff(starts)
+    normed = np.repeat(k > 0, sizes)
+    stiff = np.repeat(k + r, sizes)[normed]
+    A, free = (AT, AT[:0]) if normed.all() else (AT[normed], AT[~normed])
+    u, inner = u[normed], np.concatenate([[0], np.cumsum(sizes[k > 0])])
+    first = inner[:-1]
+    # The columns along u_g, and those that are not penalised by their norm.
+    along = np.empty((len(first) + len(free), n))
+    for row, a, e in zip(along, first, inner[1:], strict=False):
+        np.dot(u[a:e], A[a:e], out=row)
+    along[len(first) :] = free
+    k, ridge = k[k > 0], r[k > 0]
+    solve = _examples_solver(A, along[: len(k)], n * stiff, n * (k + ridge))
+    if solve is None:
+        return None
+    along /= np.sqrt(n)
+    pull = np.add.reduceat(u * g[normed], first) if len(first) else np.zeros(0)
+    across = (g[normed] - u * np.repeat(pull, np.diff(inner))) / stiff
+    e = across @ A / np.sqrt(n)
+    solved = solve(np.column_stack([along.T, e]))
+    S = along @ solved[:, :-1]
+    S.flat[:: len(S) + 1] += DAMPING * np.trace(S) / len(S)
+    S[np.arange(len(k)), np.arange(len(k))] += ridge
+    S[np.arange(len(k), len(S)), np.arange(len(k), len(S))] += np.repeat(r, sizes)[~normed]
+    ask = np.concatenate([pull, g[~normed]]) - along @ solved[:, -1]
+    _, y, failed = linalg.lapack.dposv(S, ask, lower=1)
+    if failed:
+        return None
+    v = solved[:, -1] + solved[:, :-1] @ y
+    back = A @ v / np.sqrt(n)
+    back -= u * np.repeat(along[: len(k)] @ v, np.diff(inner))
+    delta = np.empty_like(g)
+    delta[normed] = across - back / stiff + u * np.repeat(y[: len(k)], np.diff(inner))
+    delta[~normed] = y[len(k) :]
+    return delta
+
+
+def _examples_solver(
+    A: np.ndarray, along: np.ndarray, stiff: np.ndarray, stiff_along: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Solver for I + A^T diag(1/stiff) A - along^T diag(1/stiff_along) along.
+
+    The factor is in single precision, good enough for a direction, unless that fails.
+    """
+    for kind, dtype in (("s", np.float32), ("d", np.float64)):
+        scaled = np.multiply(A, 1 / np.sqrt(stiff)[:, None], dtype=dtype, casting="same_kind")
+        N = scaled.T @ scaled
+        part = (along / np.sqrt(stiff_along)[:, None]).astype(dtype)
+        N -= part.T @ part
+        N.flat[:: len(N) + 1] += 1
+        factor, failed = getattr(linalg.lapack, f"{kind}potrf")(N, lower=1, overwrite_a=1, clean=0)
+        if not failed:
+            potrs = getattr(linalg.lapack, f"{kind}potrs")
+            return partial(_solution, potrs, factor)
+    return None
+
+
+def _solution(potrs: Callable, factor: np.ndarray, b: np.ndarray) -> np.ndarray:
+    x: np.ndarray = potrs(factor, b, lower=1)[0]
+    return x
+
+
+def conjugate_gradients(
+    product: Callable[[np.ndarray], np.ndarray],
+    precondition: Callable[[np.ndarray], np.ndarray],
+    b: np.ndarray,
+    tol: float,
+    max_iter: int,
+) -> np.ndarray:
+    """x with A x = b to a residual of tol, in the norm of the preconditioner, from 0."""
+    x = np.zeros_like(b)
+    r = b.copy()
+    z = precondition(r)
+    p = z.copy()
+    rz = first = float(np.vdot(r, z))
+    for _ in range(max_iter):
+        if not rz > tol**2 * first:
+            break
+        Ap = product(p)
+        curvature = float(np.vdot(p, Ap))
+        if not curvature > 0:
+            break
+        step = rz / curvature
+        x += step * p
+        r -= step * Ap
+        z = precondition(r)
+        before, rz = rz, float(np.vdot(r, z))
+        p = z + (rz / before) * p
+    return x
+
+
+def step_length(
+    slope: float,
+    curvature: float,
+    t: np.ndarray,
+    r: np.ndarray,
+    squares: np.ndarray,
+    cross: np.ndarray,
+    steps: np.ndarray,
+) -> float:
+    """The best tau <= 1 along a direction, by bisection of the derivative.
+
+        -slope + curvature tau + sum_g (cross_g + steps_g tau) (t_g / l_g(tau) + r_g),
+        l_g(tau)^2 = squares_g + 2 cross_g tau + steps_g tau^2
+
+    with squares ||B_g||^2, cross <B_g, Delta_g> and steps ||Delta_g||^2.
+    """
+
+    def derivative(tau: float) -> float:
+        lengths = np.sqrt(np.maximum(squares + (2 * cross + steps * tau) * tau, 1e-300))
+        return curvature * tau - slope + float((cross + steps * tau) @ (t / lengths + r))
+
+    if derivative(1.0) <= 0:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        if derivative(middle) <= 0:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@numba.njit(cache=True, nogil=True)
+def _subtract_outer(M, u, k, starts):  # type: ignore[no-untyped-def]
+    for g in range(len(k)):
+        if k[g] > 0:
+            for i in range(starts[g], starts[g + 1]):
+                for j in range(starts[g], starts[g + 1]):
+                    M[i, j] -= k[g] * u[i] * u[j]

@@ -1,0 +1,340 @@
+"""A quadratic model of a loss over a working set of groups, rotated for block descent, that grows.
+
+    1/(2n) sum_i h_i ||u_i - a_i (B - B_0)||^2
+
+with weights h, working residuals u = R / h at B_0, and columns of A centred with weights h if there
+is an intercept, which is minimised over in closed form. The columns of each group are rotated to
+the eigenvectors of its block of A^T diag(h) A, which changes no norm of its coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+from scipy import linalg
+
+from cvxdistill.solvers.block_descent import (
+    BlockDescent,
+    CovarianceDescent,
+    NaiveDescent,
+    Penalties,
+)
+from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
+from cvxdistill.solvers.rows import row_blocks
+
+# The largest Gram matrix: 1 GB.
+MOST_COVARIANCE_FEATURES = 11_000
+
+
+class QuadraticModel:
+    """The model and its descent.
+
+    Parameters
+    ----------
+    problem : GroupElasticNetProblem
+    working : ndarray of int
+        Blocks of the problem; an unpenalised one first.
+    h : ndarray of shape (n,)
+        Weights.
+    coef : ndarray of shape (d, c)
+        B_0; zero outside the working set.
+    R : ndarray of shape (n, c)
+        Residual there.
+    form : {"auto", "covariance", "naive"}
+        By default covariance for up to as many features as examples.
+    """
+
+    descent: BlockDescent
+
+    def __init__(
+        self,
+        problem: GroupElasticNetProblem,
+        working: np.ndarray,
+        h: np.ndarray,
+        coef: np.ndarray,
+        R: np.ndarray,
+        form: str,
+    ):
+        self.problem = problem
+        self.blocks = Penalties(problem.starts, problem.block_weights, problem.block_weights)
+        self.h = np.maximum(h, 1e-10 * h.max())
+        self.root = np.sqrt(self.h)
+        self.form = form
+        self._fill(working, coef, R)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks are in the model."""
+        return len(self.working) == len(self.blocks.norm)
+
+    def _fill(self, working: np.ndarray, coef: np.ndarray, R: np.ndarray) -> None:
+        self.working = np.zeros(0, dtype=np.int64)
+        self.features = np.zeros(0, dtype=np.int64)
+        self.mean = np.zeros(0)
+        self.rotations = Rotations([])
+        n, c = R.shape
+        count = len(self.blocks.features(working))
+        most = min(n, MOST_COVARIANCE_FEATURES)
+        covariance = count <= most if self.form == "auto" else self.form == "covariance"
+        R = R.astype(np.float64)
+        if covariance:
+            squares = float(np.sum(R * R / self.h[:, None])) / n
+            nothing = np.zeros((0, c))
+            self.descent = CovarianceDescent(np.zeros((0, 0)), nothing, nothing, squares, nothing)
+        else:
+            U = R / self.root[:, None]
+            self.descent = NaiveDescent(np.zeros((0, n)), U, np.zeros((0, c)), np.zeros(0))
+        self.extend(working, coef, R)
+
+    def extend(self, new: np.ndarray, coef: np.ndarray, R: np.ndarray) -> None:
+        """Add blocks to the working set; coef and R are those of the model now."""
+        working = np.concatenate([self.working, new])
+        size = len(self.features) + len(self.blocks.features(new))
+        covariance = isinstance(self.descent, CovarianceDescent)
+        most = min(len(R), MOST_COVARIANCE_FEATURES)
+        if covariance and self.form == "auto" and len(self.working) and size > most:
+            self._fill(working, coef, R)
+            return
+        features = self.problem.order[self.blocks.features(new)]
+        sizes = np.diff(self.blocks.starts)[new]
+        if isinstance(self.descent, CovarianceDescent):
+            self._extend_gram(self.descent, features, sizes, coef[features], R)
+        else:
+            assert isinstance(self.descent, NaiveDescent)
+            self._extend_columns(self.descent, features, sizes, coef[features])
+        self.working = working
+        self.features = np.concatenate([self.features, features])
+
+    def _extend_gram(
+        self,
+        old: CovarianceDescent,
+        features: np.ndarray,
+        sizes: np.ndarray,
+        coef: np.ndarray,
+        R: np.ndarray,
+    ) -> None:
+        problem = self.problem
+        n, m, k = len(R), len(self.features), len(features)
+        cross, own = np.zeros((m, k)), np.zeros((k, k))
+        P, mean = np.zeros((k, R.shape[1])), np.zeros(k)
+        weighted = not (self.h == self.h[0]).all()
+        for rows in row_blocks(n, m + k, np.float64):
+            A = problem.columns.take(features, rows)
+            P += A.T @ R[rows]
+            mean += self.h[rows] @ A
+            if weighted:
+                A *= self.root[rows, None]
+            own += A.T @ A
+            if m:
+                if weighted:
+                    A *= self.root[rows, None]
+                cross += problem.columns.take(self.features, rows).T @ A
+        if not weighted:
+            own *= self.h[0]
+            cross *= self.h[0]
+        if problem.fit_intercept:
+            total = self.h.sum()
+            own -= np.outer(mean, mean / total)
+            cross -= np.outer(self.mean, mean / total)
+        own /= n
+        cross /= n
+        P /= n
+        rotations = Rotations.of(own, sizes)
+        own = rotations.of_rows(rotations.of_rows(own).T)
+        rotations.clean(own)
+        cross = rotations.of_rows(self.rotations.of_rows(cross).T)
+        H = np.empty((m + k, m + k))
+        H[:m, :m] = old.H
+        H[m:, :m] = cross
+        H[:m, m:] = cross.T
+        H[m:, m:] = own
+        B = rotations.of_rows(coef)
+        P = np.vstack([old.shadow, rotations.of_rows(P)])
+        B = np.vstack([old.B, B])
+        squares = 2 * old.fit()
+        self.descent = CovarianceDescent.at(H, B, P, squares)
+        self.mean = np.concatenate([self.mean, mean])
+        self.rotations = self.rotations.followed_by(rotations)
+
+    def _extend_columns(
+        self, old: NaiveDescent, features: np.ndarray, sizes: np.ndarray, coef: np.ndarray
+    ) -> None:
+        A = self.problem.columns.take(features)
+        mean = self.h @ A
+        if self.problem.fit_intercept:
+            A -= mean / self.h.sum()
+        A *= self.root[:, None]
+        m, n = len(self.features), len(A)
+        AT = np.empty((m + len(features), n))
+        AT[:m] = old.AT
+        new = AT[m:]
+        new[...] = A.T
+        del A
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        rotations = Rotations.of_columns(new, starts)
+        rotations.rotate(new)
+        eigenvalues = np.concatenate([old.eigenvalues, np.einsum("mn,mn->m", new, new) / n])
+        B = np.vstack([old.B, rotations.of_rows(coef)])
+        start = old.start if m else None
+        self.descent = NaiveDescent(AT, old.shadow, B, eigenvalues, start)
+        self.mean = np.concatenate([self.mean, mean])
+        self.rotations = self.rotations.followed_by(rotations)
+
+    def penalties(self, penalties: Penalties) -> Penalties:
+        """Of the working blocks, from those of all."""
+        return penalties.of(self.working)
+
+    def move(self, coef: np.ndarray, R: np.ndarray) -> None:
+        """The same weights h, but from here: other coefficients with their residual R."""
+        n = len(R)
+        B = self.rotations.of_rows(coef[self.features])
+        R = R.astype(np.float64)
+        if isinstance(self.descent, CovarianceDescent):
+            C = self.problem.columns.adjoint(R)[self.features] / n
+            squares = float(np.sum(R * R / self.h[:, None])) / n
+            P = self.rotations.of_rows(C)
+            self.descent = CovarianceDescent.at(self.descent.H, B, P, squares)
+        else:
+            assert isinstance(self.descent, NaiveDescent)
+            U = R / self.root[:, None]
+            self.descent = NaiveDescent(self.descent.AT, U, B, self.descent.eigenvalues)
+
+    def preconditioner(
+        self, features: np.ndarray, stiff: np.ndarray
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """(H + diag(stiff))^-1 on some of the model's features, as a function; not rotated."""
+        descent = self.descent
+        if isinstance(descent, CovarianceDescent):
+            M = descent.H[np.ix_(features, features)]
+        else:
+            assert isinstance(descent, NaiveDescent)
+            AT = descent.AT[features]
+            M = AT @ AT.T / AT.shape[1]
+        M.flat[:: len(M) + 1] += stiff + 1e-10 * (np.trace(M) / len(M) + stiff)
+        factor = linalg.cho_factor(M, lower=True, overwrite_a=True, check_finite=False)
+        everything = np.zeros_like(descent.B)
+
+        def apply(G: np.ndarray) -> np.ndarray:
+            everything[features] = G
+            rotated = self.rotations.of_rows(everything)
+            rotated[features] = linalg.cho_solve(factor, rotated[features], check_finite=False)
+            return self.rotations.back(rotated)[features]
+
+        return apply
+
+    def residual(self) -> np.ndarray | None:
+        """R of the model, where that is at hand."""
+        if not isinstance(self.descent, NaiveDescent):
+            return None
+        self.descent.refresh()
+        return self.descent.shadow * self.root[:, None]
+
+    def mean_prediction(self) -> np.ndarray:
+        """The mean of the rows of X B with weights h, (c,)."""
+        return self.mean @ self.rotations.back(self.descent.B) / self.h.sum()
+
+    def certify(self, penalties: Penalties) -> tuple[float, float, np.ndarray]:
+        """Objective, duality gap and lengths ||C_g|| of all blocks, of a model that is whole."""
+        local = self.penalties(penalties)
+        self.descent.refresh()
+        P = self.descent.gradient()
+        lengths = np.empty(len(penalties.norm))
+        lengths[self.working] = local.lengths(P)
+        objective = self.descent.fit() + local.value(self.descent.B)
+        return objective, max(self.descent.gap(local, P), 0.0), lengths
+
+    def coefficients(self, coef: np.ndarray) -> np.ndarray:
+        """coef with the model's in their places, rotated back."""
+        out = coef.copy()
+        out[self.features] = self.rotations.back(self.descent.B)
+        return out
+
+
+class Rotations:
+    """Orthogonal matrices Q of consecutive groups, kept by runs of groups of one size.
+
+    Parameters
+    ----------
+    runs : list of ndarray of shape (groups, size, size)
+        Their columns are the eigenvectors.
+    """
+
+    def __init__(self, runs: list[np.ndarray]):
+        self.runs = runs
+
+    @classmethod
+    def of(cls, H: np.ndarray, sizes: np.ndarray) -> Rotations:
+        """Those that make the diagonal blocks of H of these sizes diagonal."""
+        runs, a = [], 0
+        for size, count in _runs(sizes):
+            blocks = np.ones((count, 1, 1))
+            if size > 1:
+                places = a + np.arange(count * size).reshape(count, size)
+                blocks = np.linalg.eigh(H[places[:, :, None], places[:, None, :]])[1]
+            runs.append(blocks)
+            a += count * size
+        return cls(runs)
+
+    @classmethod
+    def of_columns(cls, AT: np.ndarray, starts: np.ndarray) -> Rotations:
+        """Those for AT AT^T, from AT."""
+        runs, a = [], 0
+        for size, count in _runs(np.diff(starts)):
+            blocks = np.ones((count, 1, 1))
+            if size > 1:
+                A = AT[a : a + count * size].reshape(count, size, -1)
+                blocks = np.linalg.eigh(A @ A.transpose(0, 2, 1))[1]
+            runs.append(blocks)
+            a += count * size
+        return cls(runs)
+
+    def followed_by(self, other: Rotations) -> Rotations:
+        """Those of all groups."""
+        return Rotations(self.runs + other.runs)
+
+    def rotate(self, A: np.ndarray) -> None:
+        """Q^T A, in place, group by group."""
+        for Q, part in self._parts(A):
+            for q, rows in zip(Q, part, strict=True):
+                rows[...] = q.T @ rows
+
+    def of_rows(self, A: np.ndarray) -> np.ndarray:
+        """Q^T A."""
+        out = np.array(A, dtype=np.float64, order="C")
+        for Q, part in self._parts(out):
+            part[...] = Q.transpose(0, 2, 1) @ part
+        return out
+
+    def back(self, A: np.ndarray) -> np.ndarray:
+        """Q A."""
+        out = np.array(A, dtype=np.float64, order="C")
+        for Q, part in self._parts(out):
+            part[...] = Q @ part
+        return out
+
+    def clean(self, H: np.ndarray) -> None:
+        """Set what is rounding in rotated diagonal blocks to zero, in place."""
+        a = 0
+        for Q in self.runs:
+            for _ in range(len(Q)):
+                e = a + Q.shape[1]
+                H[a:e, a:e] = np.diag(np.maximum(np.diagonal(H[a:e, a:e]), 0))
+                a = e
+
+    def _parts(self, A: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Each run of more than one feature a group, and its rows of A as (groups, size, ...)."""
+        a = 0
+        for Q in self.runs:
+            count, size, _ = Q.shape
+            if size > 1:
+                yield Q, A[a : a + count * size].reshape(count, size, -1)
+            a += count * size
+
+
+def _runs(sizes: np.ndarray) -> list[tuple[int, int]]:
+    """Sizes that follow each other, and how often."""
+    cuts = np.flatnonzero(np.diff(sizes)) + 1
+    edges = [0, *cuts.tolist(), len(sizes)]
+    return [(int(sizes[a]), e - a) for a, e in pairwise(edges) if e > a]
