@@ -10,6 +10,11 @@ from cvxdistill.adapters.layout import ConvLayout, DenseLayout, infer_layout
 from cvxdistill.adapters.module_tree import check_swappable, evaluating, get_block, swap_block
 from cvxdistill.adapters.storage import load_student, save_student
 from cvxdistill.adapters.student import GatedStudent, build_student, table1_parameters
+from cvxdistill.adapters.student_neurons import (
+    StudentNeurons,
+    stored_size,
+    student_neurons,
+)
 from cvxdistill.adapters.teacher_gates import teacher_gates
 
 __all__ = [
@@ -18,6 +23,7 @@ __all__ = [
     "ConvLayout",
     "DenseLayout",
     "GatedStudent",
+    "StudentNeurons",
     "block_table",
     "build_student",
     "capture",
@@ -28,6 +34,8 @@ __all__ = [
     "load_student",
     "measure_blocks",
     "save_student",
+    "stored_size",
+    "student_neurons",
     "swap_block",
     "table1_parameters",
     "teacher_gates",

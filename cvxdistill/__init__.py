@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from cvxdistill.adapters import load_student, swap_block
     from cvxdistill.distillation import Distillation, distill
     from cvxdistill.estimators import ConvexNNClassifier, ConvexNNRegressor
+    from cvxdistill.group_cross_validation import GroupElasticNetCV
+    from cvxdistill.group_estimators import GroupElasticNet
     from cvxdistill.inspection import inspect
+    from cvxdistill.polishing import polish
 
     __version__: str
 
@@ -21,13 +24,22 @@ __all__ = [
     "ConvexNNClassifier",
     "ConvexNNRegressor",
     "Distillation",
+    "GroupElasticNet",
+    "GroupElasticNetCV",
     "distill",
     "inspect",
     "load_student",
+    "polish",
     "swap_block",
 ]
 
-_ESTIMATORS = ("ConvexNNClassifier", "ConvexNNRegressor")
+_WITHOUT_TORCH = {
+    "ConvexNNClassifier": "cvxdistill.estimators",
+    "ConvexNNRegressor": "cvxdistill.estimators",
+    "GroupElasticNet": "cvxdistill.group_estimators",
+    "GroupElasticNetCV": "cvxdistill.group_cross_validation",
+    "polish": "cvxdistill.polishing",
+}
 _TORCH_DOORS = {
     "Distillation": "cvxdistill.distillation",
     "distill": "cvxdistill.distillation",
@@ -38,8 +50,8 @@ _TORCH_DOORS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ESTIMATORS:
-        value = getattr(import_module("cvxdistill.estimators"), name)
+    if name in _WITHOUT_TORCH:
+        value = getattr(import_module(_WITHOUT_TORCH[name]), name)
     elif name in _TORCH_DOORS:
         _check_torch(name)
         value = getattr(import_module(_TORCH_DOORS[name]), name)

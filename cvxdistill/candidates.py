@@ -86,10 +86,10 @@ class Candidate:
 
     Attributes
     ----------
-    kind : {"linear", "gated"}
+    kind : {"linear", "gated", "linear, polished", "gated, polished"}
     student : GatedStudent
     alpha : float
-        Of the convex programme that it comes from.
+        Of the convex programme that it comes from; of a polished student the group elastic net's.
     n_neurons, n_gates : int
         Hidden units, and gates stored (none for always-on units).
     parameters, trainable : int

@@ -171,6 +171,14 @@ def inspect_command(
 @click.option("--n-gates", type=click.IntRange(min=1), help="How many gates to start from.")
 @click.option("--alpha", type=float, help="Regularisation; left out, it is chosen.")
 @click.option("--n-neurons", type=click.IntRange(min=1), help="Hidden units at most.")
+@click.option(
+    "--polish",
+    type=click.Choice(["group_elastic_net"]),
+    help="Drop hidden units where that costs no held-out error.",
+)
+@click.option(
+    "--max-neurons", type=click.IntRange(min=1), help="With --polish: hidden units at most."
+)
 @click.option("--kernel-size", type=click.IntRange(min=1), help="Of a convolutional student.")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Fit to so many patches at most.")
 @click.option("--seed", "random_state", type=click.IntRange(min=0), help="For gates and samples.")

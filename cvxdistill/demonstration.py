@@ -246,7 +246,7 @@ def run_demonstration(
 
 def _one_of_each_kind(candidates: Sequence[Candidate]) -> list[int]:
     """Of each kind the smallest candidate whose error is within 2 % of that kind's best."""
-    from cvxdistill.distillation import AUTO_TOLERANCE
+    from cvxdistill.selection import AUTO_TOLERANCE
 
     picked = []
     for kind in dict.fromkeys(candidate.kind for candidate in candidates):

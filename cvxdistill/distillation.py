@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -14,6 +14,7 @@ import numpy as np
 
 from cvxdistill.candidates import Candidate, FitData, gated_candidates, linear_candidates
 from cvxdistill.report import Report
+from cvxdistill.selection import PolishedCandidate, choose, choose_polished
 from cvxdistill.solvers import RowSubset, sample_gates
 from cvxdistill.solvers.penalties import find_regularizer
 
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from cvxdistill.adapters import Capture, ConvLayout, DenseLayout, GatedStudent
 
 STUDENTS = ("auto", "linear", "gated")
-# "auto" takes the smallest student whose held-out error is within this share of the best.
-AUTO_TOLERANCE = 0.02
+POLISHES = ("group_elastic_net",)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Distillation:
     report : Report
         Printable; ``report.to_frame()`` is the table of candidates.
     candidates : tuple of Candidate
-        Every student that was considered, the linear ones first, by size.
+        Every student that was considered, the linear ones first, by size, the polished ones last.
     """
 
     model: nn.Module = field(repr=False)
@@ -73,6 +73,8 @@ def distill(
     penalty: str = "gate",
     l1_ratio: float = 1.0,
     refit: bool = True,
+    polish: str | None = None,
+    max_neurons: int | None = None,
     kernel_size: int | tuple[int, int] | None = None,
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] | None = None,
@@ -129,6 +131,14 @@ def distill(
         Refit the second layer by least squares after units were dropped. Without, and with units
         enough, the student's output is the convex programme's prediction (of the leading 32
         principal components of the block's outputs, if it has more).
+    polish : {"group_elastic_net"} or None, default=None
+        Drop hidden units by a group elastic net on the second layer (``cvxdistill.polish``): from
+        the student that would be chosen, and from the best of each kind. What takes the block's
+        place is then neither larger nor worse on the held-out examples than without polishing.
+        Fit many ``n_neurons`` and let the polishing choose.
+    max_neurons : int, optional
+        With ``polish``: students of at most so many hidden units, each polished to the smallest
+        held-out error.
     kernel_size, stride, padding : int or pair, optional
         Of a convolutional student; by default inferred from the block's shapes.
     max_rows : int or None, default=50_000
@@ -137,7 +147,8 @@ def distill(
     max_examples : int, optional
         Record at most this many examples.
     validation_fraction : float, default=0.1
-        Share of the examples that is held out.
+        Share of the examples that is held out. They choose among alphas, sizes and polished
+        students, so the error reported for them is a little too good.
     batch_size : int, default=256
         For ``data`` that is one tensor or array.
     memory_limit : int, default=2 GiB
@@ -233,7 +244,15 @@ def distill(
                     time_limit=time_limit,
                     verbose=verbose,
                 )
-        chosen = _choose(candidates, student, block_parameters)
+        polished: tuple[PolishedCandidate, ...] = ()
+        if polish is None:
+            chosen = choose(candidates, student, block_parameters)
+        else:
+            with _timed(seconds, "polish"):
+                chosen, polished = choose_polished(
+                    fit, candidates, student, block_parameters, max_neurons, verbose
+                )
+            candidates += [result.after for result in polished if result.changed]
         report = Report(
             block=block,
             block_parameters=block_parameters,
@@ -247,6 +266,7 @@ def distill(
             seconds=seconds,
             candidates=tuple(candidates),
             chosen=chosen,
+            polished=polished,
         )
     swapped = swap_block(model, block, chosen.student, inplace=inplace)
     return Distillation(swapped, get_block(swapped, block), report, tuple(candidates))  # type: ignore[arg-type]
@@ -266,9 +286,13 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         raise ValueError(f"student must be one of {STUDENTS}, got {student!r}.")
     if isinstance(gates, str) and gates not in ("auto", "teacher", "gaussian"):
         raise ValueError(f"gates must be 'auto', 'teacher', 'gaussian' or an array, got {gates!r}.")
-    for name in ("n_gates", "n_neurons", "max_rows", "max_iter"):
+    if arguments["polish"] not in (None, *POLISHES):
+        raise ValueError(f"polish must be one of {POLISHES} or None, got {arguments['polish']!r}.")
+    if arguments["max_neurons"] is not None and arguments["polish"] is None:
+        raise ValueError(f"max_neurons is for polishing: say polish={POLISHES[0]!r}, or n_neurons.")
+    for name in ("n_gates", "n_neurons", "max_neurons", "max_rows", "max_iter"):
         value = arguments[name]
-        if value is None and name in ("n_neurons", "max_rows"):
+        if value is None and name in ("n_neurons", "max_neurons", "max_rows"):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
@@ -365,16 +389,3 @@ def _most_parameters(
             "kernel_size, or n_neurons yourself."
         )
     return block_parameters - 1
-
-
-def _choose(candidates: Sequence[Candidate], kind: str, block_parameters: int) -> Candidate:
-    """The smallest student of this kind whose error is within 2 % of the best."""
-    eligible = [c for c in candidates if kind in ("auto", c.kind)]
-    if not eligible:
-        raise ValueError(
-            f"No {kind} student is smaller than the block, which has {block_parameters:,} "
-            "parameters; ask for fewer n_neurons or n_gates."
-        )
-    best = min(candidate.error for candidate in eligible)
-    good = [c for c in eligible if c.error <= (1 + AUTO_TOLERANCE) * best]
-    return min(good, key=lambda candidate: candidate.parameters)

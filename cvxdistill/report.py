@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cvxdistill.candidates import Candidate
+from cvxdistill.selection import PolishedCandidate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,8 @@ class Report:
         By phase.
     candidates : tuple of Candidate
     chosen : Candidate
+    polished : tuple of PolishedCandidate
+        Those that were polished, before and after; ``polished[0].polishing`` prints a path.
     """
 
     block: str
@@ -59,6 +62,7 @@ class Report:
     seconds: dict[str, float]
     candidates: tuple[Candidate, ...]
     chosen: Candidate
+    polished: tuple[PolishedCandidate, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -108,6 +112,13 @@ class Report:
             "" if self.rows == self.available_rows else f" of {self.available_rows:,}, sampled"
         )
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
+        notes = [
+            "* chosen. error: relative activation error on held-out examples; gap: relative "
+            "duality gap of",
+            "the convex programme, before units were dropped and the second layer refitted.",
+        ]
+        if self.polished:
+            notes.append("Of a polished student: alpha and gap of the group elastic net.")
         lines = [
             f"Block {self.block}: {self.block_parameters:,} parameters -> {self.parameters:,} "
             f"({self.block_parameters / self.parameters:.1f} times smaller)",
@@ -115,12 +126,11 @@ class Report:
             f"Fitted on {self.rows:,} rows{sampled}; {self.held_out:,} of {self.examples:,} "
             f"examples held out; gates: {self.gate_source}",
             f"Time: {phases}",
+            *(f"Polished, {p.before.kind}: {p.polishing.summary}" for p in self.polished),
             "",
             *_table(self.candidates, self.chosen),
             "",
-            "* chosen. error: relative activation error on held-out examples; gap: relative "
-            "duality gap of",
-            "the convex programme, before units were dropped and the second layer refitted.",
+            *notes,
         ]
         return "\n".join(lines)
 

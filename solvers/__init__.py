@@ -36,12 +36,14 @@ from cvxdistill.solvers.gates import activation_patterns, evaluate_gates
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
 from cvxdistill.solvers.network import (
     Neurons,
+    hidden_features,
     leading_neurons,
     neurons_from_weights,
     refit_second_layer,
     weights_from_neurons,
 )
 from cvxdistill.solvers.path import Path, alpha_grid, solve_path
+from cvxdistill.solvers.polishing import Polishing, PolishingPoint, polish_neurons
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.relu_operator import relu_predictions
 from cvxdistill.solvers.relu_problem import ReLUProblem
@@ -65,6 +67,8 @@ __all__ = [
     "GroupSolution",
     "Neurons",
     "Path",
+    "Polishing",
+    "PolishingPoint",
     "ReLUProblem",
     "RidgeNewton",
     "RowSource",
@@ -84,11 +88,13 @@ __all__ = [
     "generate_gates",
     "gram_matrix",
     "group_alpha_max",
+    "hidden_features",
     "interior_directions",
     "leading_neurons",
     "neurons_from_weights",
     "nudge_gates",
     "pattern_count",
+    "polish_neurons",
     "project_onto_cones",
     "refit_second_layer",
     "relu_predictions",

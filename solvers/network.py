@@ -186,6 +186,15 @@ def leading_neurons(
     return Neurons(units.W1[:, order], units.W2[order], units.gate[order])
 
 
+def hidden_features(
+    operator: GatedOperator, neurons: Neurons, rows: slice = slice(None)
+) -> np.ndarray:
+    """H[:, h] = D[:, gate[h]] * (X W1[:, h]) on some rows, of shape (rows, m)."""
+    H = operator.X[rows] @ neurons.W1
+    H *= operator.D[rows][:, neurons.gate]
+    return H
+
+
 def refit_second_layer(
     operator: GatedOperator, neurons: Neurons, Y: np.ndarray, ridge: float = 1e-4
 ) -> tuple[Neurons, np.ndarray]:
@@ -213,8 +222,7 @@ def refit_second_layer(
     n, m, c = operator.n, len(neurons), Y.shape[1]
     gram, cross, total = np.zeros((m, m)), np.zeros((m, c)), np.zeros(m)
     for rows in row_blocks(n, m, operator.dtype):
-        H = operator.X[rows] @ neurons.W1
-        H *= operator.D[rows][:, neurons.gate]
+        H = hidden_features(operator, neurons, rows)
         gram += H.T @ H
         cross += H.T @ Y[rows]
         total += H.sum(axis=0, dtype=np.float64)

@@ -169,12 +169,14 @@ def test_options_that_were_given_reach_distill_and_others_keep_its_defaults(
     refusal(
         "distill", f"{work}/net.py:network", "1", "--data", work / "d.npz", "--n-gates", 5,
         "--alpha", 0.5, "--seed", 3, "--kernel-size", 3, "--max-rows", 100, "--gates", "gaussian",
-        "--student", "gated", "--n-neurons", 8,
+        "--student", "gated", "--n-neurons", 8, "--polish", "group_elastic_net",
+        "--max-neurons", 6,
     )  # fmt: skip
     refusal("distill", f"{work}/net.py:network", "1", "--data", work / "d.npz", "--quiet")
     given = {
         "n_gates": 5, "alpha": 0.5, "random_state": 3, "kernel_size": 3, "max_rows": 100,
         "gates": "gaussian", "student": "gated", "n_neurons": 8, "verbose": 1,
+        "polish": "group_elastic_net", "max_neurons": 6,
     }  # fmt: skip
     assert calls == [given, {"verbose": 0}]
 

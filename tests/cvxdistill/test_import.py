@@ -44,10 +44,12 @@ def test_every_lazy_name_is_listed():
 
 
 def test_names_are_those_of_their_modules():
-    from cvxdistill import estimators
+    from cvxdistill import estimators, group_cross_validation, group_estimators
 
     assert cvxdistill.ConvexNNClassifier is estimators.ConvexNNClassifier
     assert cvxdistill.ConvexNNRegressor is estimators.ConvexNNRegressor
+    assert cvxdistill.GroupElasticNet is group_estimators.GroupElasticNet
+    assert cvxdistill.GroupElasticNetCV is group_cross_validation.GroupElasticNetCV
 
 
 def test_an_unknown_name_is_an_attribute_error():
