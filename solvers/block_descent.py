@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numba
 import numpy as np
@@ -144,8 +145,8 @@ class BlockDescent(ABC):
         """Operations of a sweep over so many features, in those of a matrix product."""
 
     @abstractmethod
-    def newton_work(self, active: int) -> float:
-        """Operations of Newton's direction on so many features."""
+    def newton_work(self, active: int, groups: int) -> float:
+        """Operations of Newton's direction on so many features of so many groups."""
 
     @abstractmethod
     def newton_direction(
@@ -181,18 +182,41 @@ class BlockDescent(ABC):
             P = self.gradient()
             if self.gap(penalties, P) <= target or not largest > 0:
                 break
-            active = max(1, int(np.count_nonzero(self.B.any(axis=1))))
-            each, newton = self.sweep_work(active), self.newton_work(active)
+            features = int(np.count_nonzero(self.B.any(axis=1)))
+            groups = int(np.count_nonzero(penalties.lengths(self.B)))
+            each, newton = self.sweep_work(features), self.newton_work(features, groups)
             if work + each >= SHARE * newton:
                 self.newton_step(penalties, P)
                 work = 0.0
                 continue
             more = min(ACTIVE_SWEEPS, most_sweeps - sweeps)
+            past = [(self.B.copy(), self.shadow.copy())]
             for _ in range(more):
                 self.sweep(penalties, only_active=True)
+                past.append((self.B.copy(), self.shadow.copy()))
+            self._extrapolate(past, penalties)
             sweeps += more
             work += (1 + more) * each
         return sweeps
+
+    def _extrapolate(self, past: list[tuple[np.ndarray, np.ndarray]], penalties: Penalties) -> None:
+        """Go to the mixture of past iterates that Anderson's method proposes, if it is better."""
+        steps = np.array([(b - a).ravel() for (a, _), (b, _) in pairwise(past)])
+        gram = steps @ steps.T
+        size = np.trace(gram)
+        if not size > 0:
+            return
+        ones = np.ones(len(gram))
+        weights = np.linalg.solve(gram + 1e-12 * size * np.diag(ones), ones)
+        if not abs(weights.sum()) > 0:
+            return
+        weights /= weights.sum()
+        here = self.B, self.shadow
+        before = self.fit() + penalties.value(self.B)
+        self.B = sum(w * B for w, (B, _) in zip(weights, past[1:], strict=True))
+        self.shadow = sum(w * S for w, (_, S) in zip(weights, past[1:], strict=True))
+        if not self.fit() + penalties.value(self.B) < before:
+            self.B, self.shadow = here
 
     def newton_step(self, penalties: Penalties, P: np.ndarray) -> None:
         """Go along Newton's direction on the groups that are not zero as far as it is best."""
@@ -273,7 +297,7 @@ class CovarianceDescent(BlockDescent):
         """One pass over their columns of H."""
         return SWEEP_COST * active * self.B.size
 
-    def newton_work(self, active: int) -> float:
+    def newton_work(self, active: int, groups: int) -> float:
         """A factorisation, for more outputs also an inverse and solutions."""
         c = self.B.shape[1]
         return active**3 / 3 if c == 1 else active**3 + 2 * active**2 * c
@@ -351,11 +375,14 @@ class NaiveDescent(BlockDescent):
         """Two passes over their columns."""
         return SWEEP_COST * 2 * active * self.shadow.size
 
-    def newton_work(self, active: int) -> float:
+    def newton_work(self, active: int, groups: int) -> float:
         """The smaller Gram matrix and its factorisation."""
         n, c = self.shadow.shape
         small, large = sorted((n, active))
-        return small**2 * large / 2 + small**3 / 3 + (c > 1) * (active**3 + 2 * active**2 * c)
+        work = small**2 * large / 2 + small**3 / 3
+        if active > n:
+            return work + 2 * n**2 * groups + 2 * n * groups**2
+        return work + (c > 1) * (active**3 + 2 * active**2 * c)
 
     def sweep(self, penalties: Penalties, *, only_active: bool = False) -> float:
         """Minimise over each group in turn."""

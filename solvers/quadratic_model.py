@@ -85,6 +85,8 @@ class QuadraticModel:
             self.descent = CovarianceDescent(np.zeros((0, 0)), nothing, nothing, squares, nothing)
         else:
             U = R / self.root[:, None]
+            # Room for the columns, and for some that will come.
+            self.buffer = np.empty((0, n))
             self.descent = NaiveDescent(np.zeros((0, n)), U, np.zeros((0, c)), np.zeros(0))
         self.extend(working, coef, R)
 
@@ -167,8 +169,11 @@ class QuadraticModel:
             A -= mean / self.h.sum()
         A *= self.root[:, None]
         m, n = len(self.features), len(A)
-        AT = np.empty((m + len(features), n))
-        AT[:m] = old.AT
+        if m + len(features) > len(self.buffer):
+            grown = np.empty((max(m + len(features), 3 * len(self.buffer) // 2), n))
+            grown[:m] = old.AT
+            self.buffer = grown
+        AT = self.buffer[: m + len(features)]
         new = AT[m:]
         new[...] = A.T
         del A
@@ -199,6 +204,8 @@ class QuadraticModel:
         else:
             assert isinstance(self.descent, NaiveDescent)
             U = R / self.root[:, None]
+            # Room for the columns, and for some that will come.
+            self.buffer = np.empty((0, n))
             self.descent = NaiveDescent(self.descent.AT, U, B, self.descent.eigenvalues)
 
     def preconditioner(
