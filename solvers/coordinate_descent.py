@@ -45,7 +45,7 @@ STALE = 0.2
 # Rounds without a smaller gap after which rounding is all that is left.
 MOST_IDLE = 20
 # Of Newton's steps for coupled losses: relative residual, and most conjugate gradient steps.
-CG_TOLERANCE, CG_STEPS = 0.2, 30
+CG_TOLERANCE, CG_STEPS = 0.05, 30
 
 
 @dataclass(frozen=True)
@@ -500,7 +500,7 @@ class _Descent:
         def product(V: np.ndarray) -> np.ndarray:
             out = np.empty_like(V)
             F = A @ V[:m].astype(A.dtype) + V[m].astype(A.dtype)
-            HV = problem.loss.hessian_product(R, F)
+            HV = problem.loss.hessian_product(R, F).astype(A.dtype)
             inner = np.add.reduceat(np.einsum("mc,mc->m", U, V[:m]), first)
             out[:m] = A.T @ HV / n + stiff[:, None] * V[:m]
             out[:m] -= np.repeat(k * inner, sizes)[:, None] * U
