@@ -44,8 +44,8 @@ from cvxdistill.solvers.active_newton import (
 TILE = 48
 # Sweeps over the groups that are not zero between two over all.
 ACTIVE_SWEEPS = 4
-# Newton's step comes when sweeps have cost this share of it.
-SHARE = 0.3
+# Newton's step comes when sweeps have cost a share of it: at first, at least and at most.
+FIRST_SHARE, LEAST_SHARE, MOST_SHARE = 0.3, 0.15, 0.6
 # What an operation of a sweep costs in those of a matrix product.
 SWEEP_COST = 4.0
 
@@ -117,6 +117,7 @@ class BlockDescent(ABC):
     def __init__(self, B: np.ndarray, eigenvalues: np.ndarray):
         self.B = B
         self.eigenvalues = eigenvalues
+        self.share = FIRST_SHARE
 
     shadow: np.ndarray
     """What is affine in B and kept beside it: P or U."""
@@ -175,19 +176,22 @@ class BlockDescent(ABC):
         Each sweep over all groups, which finds out those that are not zero, is followed by a step
         of Newton's method on these.
         """
-        sweeps, work = 0, 0.0
+        sweeps, work, steps = 0, 0.0, 0
         while sweeps < most_sweeps:
             largest = self.sweep(penalties)
             sweeps += 1
             P = self.gradient()
             if self.gap(penalties, P) <= target or not largest > 0:
+                # The next programme is like this one: have less patience if it took a step.
+                wanted = self.share * (0.7 if steps else 1.4)
+                self.share = min(max(wanted, LEAST_SHARE), MOST_SHARE)
                 break
             features = int(np.count_nonzero(self.B.any(axis=1)))
             groups = int(np.count_nonzero(penalties.lengths(self.B)))
             each, newton = self.sweep_work(features), self.newton_work(features, groups)
-            if work + each >= SHARE * newton:
+            if work + each >= self.share * newton:
                 self.newton_step(penalties, P)
-                work = 0.0
+                work, steps = 0.0, steps + 1
                 continue
             more = min(ACTIVE_SWEEPS, most_sweeps - sweeps)
             past = [(self.B.copy(), self.shadow.copy())]

@@ -33,6 +33,7 @@ from cvxdistill.solvers.losses import HuberLoss, SquaredLoss
 from cvxdistill.solvers.path import alpha_grid
 from cvxdistill.solvers.quadratic_model import QuadraticModel
 from cvxdistill.solvers.solution import relative
+from cvxdistill.solvers.threads import one_blas_thread
 
 # Features whose whole Gram matrix is formed at once, if there are as many examples.
 MOST_GRAM_FEATURES = 2000
@@ -214,7 +215,9 @@ class BlockCoordinateDescent:
             If alpha is not positive and finite, or the warm start does not fit.
         """
         coef = getattr(warm_start, "coef", warm_start)
-        return _Descent(self, problem, coef).solve(_alphas([alpha])[0])
+        # Products are many and small, and those of BLAS's threads wait for each other.
+        with one_blas_thread():
+            return _Descent(self, problem, coef).solve(_alphas([alpha])[0])
 
     def path(
         self,
@@ -243,6 +246,17 @@ class BlockCoordinateDescent:
             If alphas are empty or not positive, or there is no alpha_max (l1_ratio 0, targets that
             need no penalised feature) and none are given.
         """
+        with one_blas_thread():
+            return GroupPath(self._path(problem, alphas, n_alphas, eps, callback))
+
+    def _path(
+        self,
+        problem: GroupElasticNetProblem,
+        alphas: Sequence[float] | np.ndarray | None,
+        n_alphas: int,
+        eps: float,
+        callback: Callable[[GroupSolution], Any] | None,
+    ) -> list[GroupSolution]:
         descent = _Descent(self, problem, None)
         if alphas is None:
             largest = descent.alpha_max()
@@ -255,12 +269,13 @@ class BlockCoordinateDescent:
             solutions.append(descent.solve(float(alpha)))
             if callback is not None and callback(solutions[-1]):
                 break
-        return GroupPath(solutions)
+        return solutions
 
 
 def group_alpha_max(problem: GroupElasticNetProblem) -> float:
     """The smallest alpha at which all penalised coefficients are 0; infinite for l1_ratio = 0."""
-    return _Descent(BlockCoordinateDescent(), problem, None).alpha_max()
+    with one_blas_thread():
+        return _Descent(BlockCoordinateDescent(), problem, None).alpha_max()
 
 
 def _alphas(alphas: Any) -> np.ndarray:

@@ -157,6 +157,7 @@ class QuadraticModel:
         B = np.vstack([old.B, B])
         squares = 2 * old.fit()
         self.descent = CovarianceDescent.at(H, B, P, squares)
+        self.descent.share = old.share
         self.mean = np.concatenate([self.mean, mean])
         self.rotations = self.rotations.followed_by(rotations)
 
@@ -184,6 +185,7 @@ class QuadraticModel:
         B = np.vstack([old.B, rotations.of_rows(coef)])
         start = old.start if m else None
         self.descent = NaiveDescent(AT, old.shadow, B, eigenvalues, start)
+        self.descent.share = old.share
         self.mean = np.concatenate([self.mean, mean])
         self.rotations = self.rotations.followed_by(rotations)
 
