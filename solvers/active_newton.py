@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
+from typing import Protocol
 
 import numba
 import numpy as np
@@ -79,33 +81,85 @@ def direction_from_gram(
     return Z + linalg.lapack.dpotrs(factor, U * np.repeat(y, sizes)[:, None], lower=1)[0]
 
 
-def direction_from_columns(
-    AT: np.ndarray, g: np.ndarray, u: np.ndarray, k: np.ndarray, r: np.ndarray, starts: np.ndarray
-) -> np.ndarray | None:
-    """Solve for the direction with one output, from the columns: H = AT AT^T / n.
+class ColumnsOfGroups(Protocol):
+    """Columns A (n, m) of groups, as products."""
 
-    Takes AT (m, n), the negative gradient g (m,) and what ``direction_from_gram`` takes.
+    def along(self, x: np.ndarray) -> np.ndarray:
+        """A_g x_g of each group, (groups, n)."""
+        ...
+
+    def combine(self, x: np.ndarray) -> np.ndarray:
+        """A x, (n,)."""
+        ...
+
+    def correlate(self, v: np.ndarray) -> np.ndarray:
+        """A^T v, (m,)."""
+        ...
+
+    def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
+        """A diag(weights) A^T, (n, n)."""
+        ...
+
+
+class DenseColumnsOfGroups:
+    """Stored columns, as rows of AT (m, n), in groups of these sizes."""
+
+    def __init__(self, AT: np.ndarray, sizes: np.ndarray):
+        self.AT = AT
+        self.starts = np.concatenate([[0], np.cumsum(sizes)])
+
+    def along(self, x: np.ndarray) -> np.ndarray:
+        """A_g x_g of each group, (groups, n)."""
+        out = np.empty((len(self.starts) - 1, self.AT.shape[1]))
+        for row, (a, e) in zip(out, pairwise(self.starts), strict=True):
+            np.dot(x[a:e], self.AT[a:e], out=row)
+        return out
+
+    def combine(self, x: np.ndarray) -> np.ndarray:
+        """A x, (n,)."""
+        return x @ self.AT
+
+    def correlate(self, v: np.ndarray) -> np.ndarray:
+        """A^T v, (m,)."""
+        return self.AT @ v
+
+    def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
+        """A diag(weights) A^T, (n, n)."""
+        roots = np.sqrt(weights)[:, None]
+        scaled = np.multiply(self.AT, roots, dtype=dtype, casting="same_kind")
+        return scaled.T @ scaled
+
+
+def direction_from_columns(
+    columns: ColumnsOfGroups,
+    free: np.ndarray,
+    g: np.ndarray,
+    u: np.ndarray,
+    k: np.ndarray,
+    r: np.ndarray,
+    starts: np.ndarray,
+) -> np.ndarray | None:
+    """Solve for the direction with one output, from the columns: H = A^T A / n.
+
+    Takes the columns of groups with a norm (k > 0), those of the others as rows (f, n), the
+    negative gradient g (m,), and what ``direction_from_gram`` takes.
     """
-    n = AT.shape[1]
+    n = free.shape[1]
     sizes = np.diff(starts)
     normed = np.repeat(k > 0, sizes)
     stiff = np.repeat(k + r, sizes)[normed]
-    A, free = (AT, AT[:0]) if normed.all() else (AT[normed], AT[~normed])
     u, inner = u[normed], np.concatenate([[0], np.cumsum(sizes[k > 0])])
     first = inner[:-1]
     # The columns along u_g, and those that are not penalised by their norm.
-    along = np.empty((len(first) + len(free), n))
-    for row, a, e in zip(along, first, inner[1:], strict=False):
-        np.dot(u[a:e], A[a:e], out=row)
-    along[len(first) :] = free
+    along = np.vstack([columns.along(u), free])
     k, ridge = k[k > 0], r[k > 0]
-    solve = _examples_solver(A, along[: len(k)], n * stiff, n * (k + ridge))
+    solve = _examples_solver(columns, along[: len(k)], n * stiff, n * (k + ridge))
     if solve is None:
         return None
     along /= np.sqrt(n)
     pull = np.add.reduceat(u * g[normed], first) if len(first) else np.zeros(0)
     across = (g[normed] - u * np.repeat(pull, np.diff(inner))) / stiff
-    e = across @ A / np.sqrt(n)
+    e = columns.combine(across) / np.sqrt(n)
     solved = solve(np.column_stack([along.T, e]))
     S = along @ solved[:, :-1]
     S.flat[:: len(S) + 1] += DAMPING * np.trace(S) / len(S)
@@ -116,7 +170,7 @@ def direction_from_columns(
     if failed:
         return None
     v = solved[:, -1] + solved[:, :-1] @ y
-    back = A @ v / np.sqrt(n)
+    back = columns.correlate(v) / np.sqrt(n)
     back -= u * np.repeat(along[: len(k)] @ v, np.diff(inner))
     delta = np.empty_like(g)
     delta[normed] = across - back / stiff + u * np.repeat(y[: len(k)], np.diff(inner))
@@ -125,15 +179,14 @@ def direction_from_columns(
 
 
 def _examples_solver(
-    A: np.ndarray, along: np.ndarray, stiff: np.ndarray, stiff_along: np.ndarray
+    columns: ColumnsOfGroups, along: np.ndarray, stiff: np.ndarray, stiff_along: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Solver for I + A^T diag(1/stiff) A - along^T diag(1/stiff_along) along.
+    """Solver for I + A diag(1/stiff) A^T - along^T diag(1/stiff_along) along.
 
     The factor is in single precision, good enough for a direction, unless that fails.
     """
     for kind, dtype in (("s", np.float32), ("d", np.float64)):
-        scaled = np.multiply(A, 1 / np.sqrt(stiff)[:, None], dtype=dtype, casting="same_kind")
-        N = scaled.T @ scaled
+        N = columns.outer(1 / stiff, dtype)
         part = (along / np.sqrt(stiff_along)[:, None]).astype(dtype)
         N -= part.T @ part
         N.flat[:: len(N) + 1] += 1

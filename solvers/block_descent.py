@@ -35,6 +35,7 @@ import numba
 import numpy as np
 
 from cvxdistill.solvers.active_newton import (
+    DenseColumnsOfGroups,
     direction_from_columns,
     direction_from_gram,
     step_length,
@@ -377,16 +378,11 @@ class NaiveDescent(BlockDescent):
 
     def sweep_work(self, active: int) -> float:
         """Two passes over their columns."""
-        return SWEEP_COST * 2 * active * self.shadow.size
+        return naive_sweep_work(self.shadow, active)
 
     def newton_work(self, active: int, groups: int) -> float:
         """The smaller Gram matrix and its factorisation."""
-        n, c = self.shadow.shape
-        small, large = sorted((n, active))
-        work = small**2 * large / 2 + small**3 / 3
-        if active > n:
-            return work + 2 * n**2 * groups + 2 * n * groups**2
-        return work + (c > 1) * (active**3 + 2 * active**2 * c)
+        return naive_newton_work(self.shadow, active, groups)
 
     def sweep(self, penalties: Penalties, *, only_active: bool = False) -> float:
         """Minimise over each group in turn."""
@@ -409,7 +405,17 @@ class NaiveDescent(BlockDescent):
         G, U, k = smooth_part(P, self.B[features], penalties)
         r, starts = penalties.ridge, penalties.starts
         if len(features) > self.AT.shape[1] and U.shape[1] == 1:
-            change = direction_from_columns(AT, G[:, 0], U[:, 0], k, r, starts)
+            normed = np.repeat(k > 0, np.diff(starts))
+            columns, free = (AT, AT[:0]) if normed.all() else (AT[normed], AT[~normed])
+            change = direction_from_columns(
+                DenseColumnsOfGroups(columns, np.diff(starts)[k > 0]),
+                free,
+                G[:, 0],
+                U[:, 0],
+                k,
+                r,
+                starts,
+            )
             return None if change is None else change[:, None]
         return direction_from_gram(AT @ AT.T / AT.shape[1], G, U, k, r, starts)
 
@@ -420,6 +426,21 @@ class NaiveDescent(BlockDescent):
     def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
         """||A change||^2 / n."""
         return float(np.vdot(image, image)) / len(image)
+
+
+def naive_sweep_work(U: np.ndarray, active: int) -> float:
+    """Of the naive form with residual U (n, c): two passes over the columns."""
+    return SWEEP_COST * 2 * active * U.size
+
+
+def naive_newton_work(U: np.ndarray, active: int, groups: int) -> float:
+    """Of the naive form with residual U (n, c): the smaller Gram matrix and its factorisation."""
+    n, c = U.shape
+    small, large = sorted((n, active))
+    work = small**2 * large / 2 + small**3 / 3
+    if active > n:
+        return work + 2 * n**2 * groups + 2 * n * groups**2
+    return work + (c > 1) * (active**3 + 2 * active**2 * c)
 
 
 def smooth_part(
@@ -486,7 +507,7 @@ def _covariance_sweep(  # type: ignore[no-untyped-def]
             x, y = starts[g], starts[g + 1]
             if only_active and not B[x:y].any():
                 continue
-            biggest = _update_block(P, B, change, eigenvalues, x, y, a, norm[g], ridge[g])
+            biggest = update_block(P, B, change, eigenvalues, x, y, a, norm[g], ridge[g])
             if biggest > 0:
                 moved = True
                 largest = max(largest, biggest)
@@ -519,7 +540,7 @@ def _covariance_sweep(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _update_block(P, B, change, eigenvalues, x, y, a, t, r):  # type: ignore[no-untyped-def]
+def update_block(P, B, change, eigenvalues, x, y, a, t, r):  # type: ignore[no-untyped-def]
     """Minimise over the features x to y; write what changed to rows from x - a on."""
     c = B.shape[1]
     squares = np.empty(y - x)
@@ -571,7 +592,7 @@ def _naive_sweep(AT, U, B, eigenvalues, starts, norm, ridge, only_active):  # ty
             P[:] = np.dot(AT[x:y], U)
         P /= n
         change = np.empty((y - x, c))
-        biggest = _update_block(P, B[x:y], change, eigenvalues[x:y], 0, y - x, 0, norm[g], ridge[g])
+        biggest = update_block(P, B[x:y], change, eigenvalues[x:y], 0, y - x, 0, norm[g], ridge[g])
         if biggest > 0:
             largest = max(largest, biggest)
             if c == 1:

@@ -80,9 +80,10 @@ class GatedColumns:
 
     def take(self, features: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
         """Some columns."""
-        A = self.operator
-        gates, inputs = np.divmod(features, A.d)
-        X = np.asarray(A.X[rows], dtype=np.float64)
-        if A.scale is not None:
-            X = X / A.scale
-        return X[:, inputs] * A.D[rows][:, gates]
+        gates, inputs = np.divmod(features, self.operator.d)
+        return self.inputs(rows)[:, inputs] * self.operator.D[rows][:, gates]
+
+    def inputs(self, rows: slice = slice(None)) -> np.ndarray:
+        """Rows of X in float64, with its scale."""
+        X = np.ascontiguousarray(self.operator.X[rows], dtype=np.float64)
+        return X if self.operator.scale is None else X / self.operator.scale

@@ -21,6 +21,8 @@ from cvxdistill.solvers.block_descent import (
     NaiveDescent,
     Penalties,
 )
+from cvxdistill.solvers.feature_columns import GatedColumns
+from cvxdistill.solvers.gated_descent import GatedColumnsOfGroups, GatedDescent
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
 from cvxdistill.solvers.rows import row_blocks
 
@@ -83,12 +85,38 @@ class QuadraticModel:
             squares = float(np.sum(R * R / self.h[:, None])) / n
             nothing = np.zeros((0, c))
             self.descent = CovarianceDescent(np.zeros((0, 0)), nothing, nothing, squares, nothing)
+        elif self._by_gates(c):
+            columns = self.problem.columns
+            assert isinstance(columns, GatedColumns)
+            d = columns.operator.d
+            empty = GatedColumnsOfGroups(
+                columns.inputs(),
+                np.zeros((n, 0), bool),
+                self.root,
+                np.zeros((0, d)),
+                np.zeros((0, d, d)),
+            )
+            U = R / self.root[:, None]
+            self.descent = GatedDescent(empty, np.zeros((0, 1)), np.zeros(0), U)
         else:
             U = R / self.root[:, None]
             # Room for the columns, and for some that will come.
             self.buffer = np.empty((0, n))
             self.descent = NaiveDescent(np.zeros((0, n)), U, np.zeros((0, c)), np.zeros(0))
         self.extend(working, coef, R)
+        if isinstance(self.descent, GatedDescent) and coef.any():
+            # U is known at coef; the descent wants it at 0.
+            self.descent.start = 2 * self.descent.start - self.descent.shadow
+            self.descent.refresh()
+
+    def _by_gates(self, c: int) -> bool:
+        """Whether the blocks are the gates of an operator, and there is one output."""
+        columns, problem = self.problem.columns, self.problem
+        if not isinstance(columns, GatedColumns) or c > 1:
+            return False
+        sizes = np.diff(self.blocks.starts)
+        in_order = (problem.order == np.arange(columns.shape[1])).all()
+        return bool(in_order and (sizes == columns.operator.d).all())
 
     def extend(self, new: np.ndarray, coef: np.ndarray, R: np.ndarray) -> None:
         """Add blocks to the working set; coef and R are those of the model now."""
@@ -103,6 +131,8 @@ class QuadraticModel:
         sizes = np.diff(self.blocks.starts)[new]
         if isinstance(self.descent, CovarianceDescent):
             self._extend_gram(self.descent, features, sizes, coef[features], R)
+        elif isinstance(self.descent, GatedDescent):
+            self._extend_gates(self.descent, new, coef[features])
         else:
             assert isinstance(self.descent, NaiveDescent)
             self._extend_columns(self.descent, features, sizes, coef[features])
@@ -160,6 +190,34 @@ class QuadraticModel:
         self.descent.share = old.share
         self.mean = np.concatenate([self.mean, mean])
         self.rotations = self.rotations.followed_by(rotations)
+
+    def _extend_gates(self, old: GatedDescent, new: np.ndarray, coef: np.ndarray) -> None:
+        columns, had = self.problem.columns, old.columns
+        assert isinstance(columns, GatedColumns)
+        D, X, d = columns.operator.D[:, new], had.X, had.d
+        mean = (D * self.h[:, None]).T @ X
+        center = np.zeros_like(mean)
+        if self.problem.fit_intercept:
+            center = mean / self.h.sum()
+        blocks = np.empty((len(new), d, d))
+        for block, mask, m in zip(blocks, D.T, center, strict=True):
+            A = (X * mask[:, None] - m) * self.root[:, None]
+            np.dot(A.T, A, out=block)
+        eigenvalues, Q = np.linalg.eigh(blocks / len(X))
+        rotations = Rotations([Q])
+        gates = GatedColumnsOfGroups(
+            X,
+            np.ascontiguousarray(np.hstack([had.D, D])),
+            self.root,
+            np.vstack([had.means, center]),
+            np.ascontiguousarray(np.concatenate([had.Q, Q])),
+        )
+        B = np.vstack([old.B, rotations.of_rows(coef)])
+        eigenvalues = np.concatenate([old.eigenvalues, np.maximum(eigenvalues.ravel(), 0)])
+        self.descent = GatedDescent(gates, B, eigenvalues, old.start)
+        self.descent.share = old.share
+        self.rotations = self.rotations.followed_by(rotations)
+        self.mean = np.concatenate([self.mean, mean.ravel()])
 
     def _extend_columns(
         self, old: NaiveDescent, features: np.ndarray, sizes: np.ndarray, coef: np.ndarray
@@ -235,7 +293,7 @@ class QuadraticModel:
 
     def residual(self) -> np.ndarray | None:
         """R of the model, where that is at hand."""
-        if not isinstance(self.descent, NaiveDescent):
+        if isinstance(self.descent, CovarianceDescent):
             return None
         self.descent.refresh()
         return self.descent.shadow * self.root[:, None]

@@ -276,3 +276,69 @@ def test_bad_alphas_and_warm_starts_are_refused():
             BlockCoordinateDescent().solve(problem, alpha)
     with pytest.raises(ValueError, match="coef must have shape"):
         BlockCoordinateDescent().solve(problem, 0.1, warm_start=np.zeros((X.shape[1], 7)))
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize(("n", "l1_ratio"), [(30, 1.0), (30, 0.6), (90, 1.0)])
+def test_gated_columns_that_are_never_formed_give_the_path_of_those_that_are(
+    n, l1_ratio, intercept
+):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((n, 5)), rng.standard_normal(n)
+    D = rng.random((n, 12)) < 0.5
+    kind = {
+        "l1_ratio": l1_ratio,
+        "fit_intercept": intercept,
+        "sample_weight": rng.uniform(0.5, 2, n),
+    }
+    operator = GroupElasticNetProblem(GatedOperator(X, D), y, **kind)
+    formed = np.hstack([X * D[:, [j]] for j in range(D.shape[1])])
+    matrix = GroupElasticNetProblem(formed, y, 5, **kind)
+    paths = [
+        BlockCoordinateDescent(tol=1e-9, form="naive").path(problem, n_alphas=8, eps=0.02)
+        for problem in (operator, matrix)
+    ]
+    for one, two in zip(*paths, strict=True):
+        assert one.converged
+        assert two.converged
+        np.testing.assert_allclose(one.coef, two.coef, atol=1e-4)
+        np.testing.assert_allclose(one.intercept, two.intercept, atol=1e-4)
+        assert matrix.duality_gap(one.coef, one.alpha) <= 2e-9 * one.objective
+    # And from a solution: the descent is told where it is.
+    again = BlockCoordinateDescent(tol=1e-9, form="naive").solve(
+        operator, paths[0][-1].alpha, warm_start=paths[1][-1]
+    )
+    assert again.n_iter <= 2
+    np.testing.assert_allclose(again.coef, paths[1][-1].coef, atol=1e-4)
+    for loss, targets in (("logistic", np.sign(y)), ("huber", 5 * y)):
+        glm, dense = (
+            BlockCoordinateDescent(tol=1e-8, form="naive").path(
+                GroupElasticNetProblem(A, targets, 5, loss=loss, **kind), n_alphas=4, eps=0.1
+            )
+            for A in (GatedOperator(X, D), formed)
+        )
+        np.testing.assert_allclose(glm.coefs, dense.coefs, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_huber_with_large_targets_and_nearly_separable_classes_converge(dtype):
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((100, 8)).astype(dtype), 20 * rng.standard_normal((100, 2))
+    problem = GroupElasticNetProblem(X, Y.astype(dtype), loss="huber")
+    path = BlockCoordinateDescent(max_iter=200).path(problem, n_alphas=20)
+    assert all(solution.converged for solution in path)
+    few = rng.standard_normal((10, 4)).astype(dtype)
+    classes = np.eye(3, dtype=dtype)[rng.integers(0, 3, 10)]
+    problem = GroupElasticNetProblem(few, classes, loss="multinomial")
+    path = BlockCoordinateDescent(max_iter=200).path(problem, n_alphas=20)
+    assert all(solution.converged for solution in path)
+
+
+def test_a_tolerance_that_rounding_forbids_ends_without_progress():
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((60, 5)).astype(np.float32)
+    y = np.sign(rng.standard_normal(60)).astype(np.float32)
+    problem = GroupElasticNetProblem(X, y, loss="logistic")
+    solution = BlockCoordinateDescent(tol=1e-14).solve(problem, 0.1 * group_alpha_max(problem))
+    assert solution.status in ("no progress", "converged")
+    assert solution.relative_gap < 1e-5
