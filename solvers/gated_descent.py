@@ -179,7 +179,11 @@ class GatedDescent(BlockDescent):
             nothing = np.zeros((0, n))
             change = direction_from_columns(columns, nothing, G[:, 0], U[:, 0], k, r, starts)
             return None if change is None else change[:, None]
-        return direction_from_gram(columns.gram() / n, G, U, k, r, starts)
+        return direction_from_gram(self.gram(features), G, U, k, r, starts)
+
+    def gram(self, features: np.ndarray) -> np.ndarray:
+        """The piece of H of some gates' features."""
+        return self._some(features).gram() / len(self.shadow)
 
     def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
         """A change."""

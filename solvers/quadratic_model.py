@@ -261,11 +261,12 @@ class QuadraticModel:
             squares = float(np.sum(R * R / self.h[:, None])) / n
             P = self.rotations.of_rows(C)
             self.descent = CovarianceDescent.at(self.descent.H, B, P, squares)
+        elif isinstance(self.descent, GatedDescent):
+            start = R / self.root[:, None] + self.descent.columns.combine(B)[:, None]
+            self.descent = GatedDescent(self.descent.columns, B, self.descent.eigenvalues, start)
         else:
             assert isinstance(self.descent, NaiveDescent)
             U = R / self.root[:, None]
-            # Room for the columns, and for some that will come.
-            self.buffer = np.empty((0, n))
             self.descent = NaiveDescent(self.descent.AT, U, B, self.descent.eigenvalues)
 
     def preconditioner(
@@ -275,6 +276,8 @@ class QuadraticModel:
         descent = self.descent
         if isinstance(descent, CovarianceDescent):
             M = descent.H[np.ix_(features, features)]
+        elif isinstance(descent, GatedDescent):
+            M = descent.gram(features)
         else:
             assert isinstance(descent, NaiveDescent)
             AT = descent.AT[features]
