@@ -436,11 +436,11 @@ def naive_sweep_work(U: np.ndarray, active: int) -> float:
 def naive_newton_work(U: np.ndarray, active: int, groups: int) -> float:
     """Of the naive form with residual U (n, c): the smaller Gram matrix and its factorisation."""
     n, c = U.shape
+    if c > 1:
+        return n * active**2 / 2 + active**3 + 2 * active**2 * c
     small, large = sorted((n, active))
     work = small**2 * large / 2 + small**3 / 3
-    if active > n:
-        return work + 2 * n**2 * groups + 2 * n * groups**2
-    return work + (c > 1) * (active**3 + 2 * active**2 * c)
+    return work if active <= n else work + 2 * n**2 * groups + 2 * n * groups**2
 
 
 def smooth_part(
