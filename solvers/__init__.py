@@ -10,12 +10,7 @@ from cvxdistill.solvers.cones import (
     interior_directions,
     project_onto_cones,
 )
-from cvxdistill.solvers.coordinate_descent import (
-    BlockCoordinateDescent,
-    GroupPath,
-    GroupSolution,
-    group_alpha_max,
-)
+from cvxdistill.solvers.coordinate_descent import BlockCoordinateDescent, group_alpha_max
 from cvxdistill.solvers.data_gates import (
     sample_pair_gates,
     sample_quantile_gates,
@@ -34,6 +29,7 @@ from cvxdistill.solvers.gate_violations import violating_gates
 from cvxdistill.solvers.gated_operator import GatedOperator
 from cvxdistill.solvers.gates import activation_patterns, evaluate_gates
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
+from cvxdistill.solvers.group_solution import GroupPath, GroupSolution
 from cvxdistill.solvers.network import (
     Neurons,
     hidden_features,

@@ -15,14 +15,9 @@ import numba
 import numpy as np
 
 from cvxdistill.solvers.active_newton import direction_from_columns, direction_from_gram
-from cvxdistill.solvers.block_descent import (
-    BlockDescent,
-    Penalties,
-    naive_newton_work,
-    naive_sweep_work,
-    smooth_part,
-    update_block,
-)
+from cvxdistill.solvers.block_descent import BlockDescent, update_block
+from cvxdistill.solvers.group_penalties import Penalties, smooth_part
+from cvxdistill.solvers.naive_descent import naive_newton_work, naive_sweep_work
 from cvxdistill.solvers.rows import row_blocks
 
 # Columns that Newton's step forms at a time.

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from cvxdistill.solvers.average_loss import AverageLoss
-from cvxdistill.solvers.block_descent import Penalties
 from cvxdistill.solvers.feature_columns import Columns, DenseColumns, GatedColumns
 from cvxdistill.solvers.gated_operator import GatedOperator
+from cvxdistill.solvers.group_penalties import Penalties
 from cvxdistill.solvers.losses import LOSSES, HuberLoss, Loss, PoissonLoss, SquaredLoss
 
 GROUP_LOSSES: dict[str, Loss] = {**LOSSES, "poisson": PoissonLoss()}

@@ -171,9 +171,11 @@ def test_what_the_strong_rule_discards_wrongly_comes_back(form, monkeypatch):
     alphas = group_alpha_max(problem) * np.array([0.5, 0.1])
     solver = BlockCoordinateDescent(tol=1e-9, form=form)
     expected = solver.path(problem, alphas)
-    module = "cvxdistill.solvers.coordinate_descent"
+    module = "cvxdistill.solvers.working_set_descent"
     monkeypatch.setattr(f"{module}.MOST_GRAM_FEATURES", 0)
-    monkeypatch.setattr(f"{module}._Descent._strong", lambda self, alpha: np.zeros(0, dtype=int))
+    monkeypatch.setattr(
+        f"{module}.WorkingSetDescent._strong", lambda self, alpha: np.zeros(0, dtype=int)
+    )
     found = solver.path(problem, alphas)
     for one, two in zip(found, expected, strict=True):
         assert one.converged

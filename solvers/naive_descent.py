@@ -1,0 +1,162 @@
+"""The naive form of block descent, for columns that are stored: the residual is kept up to date."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from cvxdistill.solvers.active_newton import (
+    DenseColumnsOfGroups,
+    direction_from_columns,
+    direction_from_gram,
+)
+from cvxdistill.solvers.block_descent import SWEEP_COST, BlockDescent, update_block
+from cvxdistill.solvers.group_penalties import Penalties, smooth_part
+
+
+class NaiveDescent(BlockDescent):
+    """The naive form, for columns that are centred, scaled by sqrt(h) and rotated.
+
+    Parameters
+    ----------
+    AT : ndarray of shape (m, n)
+        The columns, as rows.
+    U : ndarray of shape (n, c)
+        sqrt(h) times the residual at B; changed in place.
+    B, eigenvalues
+        As for ``BlockDescent``.
+    start : ndarray of shape (n, c), optional
+        U at B = 0, where it is known.
+    """
+
+    def __init__(
+        self,
+        AT: np.ndarray,
+        U: np.ndarray,
+        B: np.ndarray,
+        eigenvalues: np.ndarray,
+        start: np.ndarray | None = None,
+    ):
+        super().__init__(B, eigenvalues)
+        self.AT, self.shadow = AT, U
+        self.start = U + AT.T @ B if start is None else start
+
+    def refresh(self) -> None:
+        """Compute U anew."""
+        np.subtract(self.start, self.AT.T @ self.B, out=self.shadow)
+
+    def gradient(self) -> np.ndarray:
+        """A^T U / n."""
+        return self.AT @ self.shadow / len(self.shadow)
+
+    def fit(self) -> float:
+        """Half of the mean square of U."""
+        return float(np.vdot(self.shadow, self.shadow)) / (2 * len(self.shadow))
+
+    def sweep_work(self, active: int) -> float:
+        """Two passes over their columns."""
+        return naive_sweep_work(self.shadow, active)
+
+    def newton_work(self, active: int, groups: int) -> float:
+        """The smaller Gram matrix and its factorisation."""
+        return naive_newton_work(self.shadow, active, groups)
+
+    def sweep(self, penalties: Penalties, *, only_active: bool = False) -> float:
+        """Minimise over each group in turn."""
+        return _naive_sweep(
+            self.AT,
+            self.shadow,
+            self.B,
+            self.eigenvalues,
+            penalties.starts,
+            penalties.norm,
+            penalties.ridge,
+            only_active,
+        )
+
+    def newton_direction(
+        self, features: np.ndarray, penalties: Penalties, P: np.ndarray
+    ) -> np.ndarray | None:
+        """From the columns, or their piece of H where that is smaller."""
+        AT = self.AT if len(features) == len(self.AT) else self.AT[features]
+        G, U, k = smooth_part(P, self.B[features], penalties)
+        r, starts = penalties.ridge, penalties.starts
+        if len(features) > self.AT.shape[1] and U.shape[1] == 1:
+            normed = np.repeat(k > 0, np.diff(starts))
+            columns, free = (AT, AT[:0]) if normed.all() else (AT[normed], AT[~normed])
+            change = direction_from_columns(
+                DenseColumnsOfGroups(columns, np.diff(starts)[k > 0]),
+                free,
+                G[:, 0],
+                U[:, 0],
+                k,
+                r,
+                starts,
+            )
+            return None if change is None else change[:, None]
+        return direction_from_gram(AT @ AT.T / AT.shape[1], G, U, k, r, starts)
+
+    def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """A change."""
+        return self.AT[features].T @ change
+
+    def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
+        """||A change||^2 / n."""
+        return float(np.vdot(image, image)) / len(image)
+
+
+def naive_sweep_work(U: np.ndarray, active: int) -> float:
+    """Of the naive form with residual U (n, c): two passes over the columns."""
+    return SWEEP_COST * 2 * active * U.size
+
+
+def naive_newton_work(U: np.ndarray, active: int, groups: int) -> float:
+    """Of the naive form with residual U (n, c): the smaller Gram matrix and its factorisation."""
+    n, c = U.shape
+    if c > 1:
+        return n * active**2 / 2 + active**3 + 2 * active**2 * c
+    small, large = sorted((n, active))
+    work = small**2 * large / 2 + small**3 / 3
+    return work if active <= n else work + 2 * n**2 * groups + 2 * n * groups**2
+
+
+@numba.njit(cache=True, nogil=True)
+def _naive_sweep(AT, U, B, eigenvalues, starts, norm, ridge, only_active):  # type: ignore[no-untyped-def]
+    n, c = U.shape
+    u = U.reshape(n * c)
+    largest = 0.0
+    for g in range(len(norm) - 1, -1, -1):
+        x, y = starts[g], starts[g + 1]
+        if only_active and not B[x:y].any():
+            continue
+        P = np.empty((y - x, c))
+        if c == 1:
+            for i in range(x, y):
+                P[i - x, 0] = _dot(AT[i], u)
+        else:
+            P[:] = np.dot(AT[x:y], U)
+        P /= n
+        change = np.empty((y - x, c))
+        biggest = update_block(P, B[x:y], change, eigenvalues[x:y], 0, y - x, 0, norm[g], ridge[g])
+        if biggest > 0:
+            largest = max(largest, biggest)
+            if c == 1:
+                for i in range(x, y):
+                    _subtract(u, AT[i], change[i - x, 0])
+            else:
+                U -= np.dot(AT[x:y].T, change)
+    return largest
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _subtract(u, a, factor):  # type: ignore[no-untyped-def]
+    for i in range(len(u)):
+        u[i] -= factor * a[i]
