@@ -35,6 +35,7 @@ def solve(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "alphas_done": len(path),
+        "alpha_seconds": path.seconds.tolist(),
         "n_iter": sum(solution.n_iter for solution in path),
         "peak_growth": memory.growth,
         "versions": f"cvxdistill {version('cvxdistill')}, numpy {np.__version__}",
