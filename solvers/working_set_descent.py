@@ -27,7 +27,7 @@ from cvxdistill.solvers.active_newton import conjugate_gradients
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem, row_weights
 from cvxdistill.solvers.group_penalties import Penalties, smooth_part
 from cvxdistill.solvers.group_solution import GroupSolution
-from cvxdistill.solvers.losses import HuberLoss, SquaredLoss
+from cvxdistill.solvers.losses import HuberLoss, LogisticLoss, MultinomialLoss, SquaredLoss
 from cvxdistill.solvers.quadratic_model import QuadraticModel
 
 if TYPE_CHECKING:
@@ -80,8 +80,10 @@ class WorkingSetDescent:
             )
         self.model: QuadraticModel | None = None
         self._evaluate()
-        # Gaps below this are none: the loss is rounded to so much.
+        # Gaps below this are none: the loss is rounded to so much, and log losses start at 1 or so.
         self.rounding = float(np.finfo(self.F.dtype).eps * problem.loss.value(self.F))
+        if isinstance(problem.loss.loss, (LogisticLoss, MultinomialLoss)):
+            self.rounding = max(self.rounding, float(np.finfo(np.float64).eps))
 
     def _evaluate(self) -> None:
         """Predictions, intercept and residual at the coefficients."""
