@@ -7,9 +7,9 @@
 
 All are measured alike, by our relative duality gap of the coefficients that they return. Ours stops
 at a certified gap of 1e-4; each peer at the loosest power of ten of its tolerance for which every
-gap of the path is at most that. A peer's path ends at the first alpha after its time limit;
-then it is compared with ours for as many alphas. One thread each: on
-two, adelie took longer on every table tried.
+gap of the path is at most that. A peer's path ends at the first alpha after its time limit; then it
+is compared with ours for as many alphas. One thread each: on two, adelie took longer on every table
+tried.
 """
 
 from __future__ import annotations
