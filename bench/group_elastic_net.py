@@ -259,8 +259,8 @@ def draw(rows: pd.DataFrame, file: Path) -> None:
 def main(chosen: str | None, limit: float) -> None:
     """Time paths of group elastic nets; an interrupted run goes on where it stopped.
 
-    The CSV and the picture in bench/results are written by a run over all cases; a smaller one
-    leaves its own in bench/.cache/group_elastic_net.
+    A run over all cases writes the CSV and the picture in bench/results; a smaller one leaves its
+    own in bench/.cache/group_elastic_net.
     """
     everything = cases()
     wanted = tuple(everything) if chosen is None else tuple(chosen.split(";"))
