@@ -15,14 +15,14 @@ There are two forms. The *covariance* form keeps P = q - H B and costs m^2 c a s
 features, whatever n is; the groups of a tile are treated one after the other against the tile's own
 piece of H, and the rest of P catches up by one matrix product for each tile. The *naive* form keeps
 the residual U, with P = A^T U / n for columns scaled by sqrt(h), and costs 2 n m c. Sweeps find out
-which groups are zero, and are slow on the others where features are correlated; so a step of
-Newton's method on these (``cvxdistill.solvers.active_newton``) follows when sweeps have cost as
-much as a share of one.
+which groups are zero, and are slow on the others where features are correlated. Anderson's method
+extrapolates them, and Newton's (``cvxdistill.solvers.active_newton``) takes a step on the groups
+that are not zero when sweeps have cost as much as a share of it.
 
 References
 ----------
 Friedman, Hastie and Tibshirani 2010 (the two forms); Yang and Hastie 2024 (exact blocks by the
-eigenvalues of each).
+eigenvalues of each); Bertrand and Massias 2021 (Anderson's method for coordinate descent).
 """
 
 from __future__ import annotations
@@ -53,15 +53,21 @@ class BlockDescent(ABC):
         Rotated coefficients; changed in place.
     eigenvalues : ndarray of shape (m,)
         The diagonal of H.
+
+    Attributes
+    ----------
+    share : float
+        Newton's step comes when sweeps have cost this share of it; adapted by ``minimise``.
+    shadow : ndarray
+        What is affine in B and kept beside it: P or U.
     """
+
+    shadow: np.ndarray
 
     def __init__(self, B: np.ndarray, eigenvalues: np.ndarray):
         self.B = B
         self.eigenvalues = eigenvalues
         self.share = FIRST_SHARE
-
-    shadow: np.ndarray
-    """What is affine in B and kept beside it: P or U."""
 
     @abstractmethod
     def gradient(self) -> np.ndarray:
@@ -97,6 +103,10 @@ class BlockDescent(ABC):
         """Newton's direction on some features, whose rows of P are these, if there is one."""
 
     @abstractmethod
+    def gram(self, features: np.ndarray) -> np.ndarray:
+        """The piece of H of some features, not to be changed; in order, of whole groups."""
+
+    @abstractmethod
     def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
         """By how much ``shadow`` falls when the rows of B of these features grow by ``change``."""
 
@@ -114,8 +124,8 @@ class BlockDescent(ABC):
     def minimise(self, penalties: Penalties, target: float, most_sweeps: int = 100_000) -> int:
         """Descend until the duality gap is at most ``target``; return the number of sweeps.
 
-        Each sweep over all groups, which finds out those that are not zero, is followed by a step
-        of Newton's method on these.
+        A sweep over all groups finds out those that are not zero. Some sweeps over these follow,
+        which Anderson's method extrapolates, or, when sweeps have cost enough, Newton's step.
         """
         sweeps, work, steps = 0, 0.0, 0
         while sweeps < most_sweeps:

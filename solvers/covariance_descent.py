@@ -93,9 +93,12 @@ class CovarianceDescent(BlockDescent):
         self, features: np.ndarray, penalties: Penalties, P: np.ndarray
     ) -> np.ndarray | None:
         """From the piece of H."""
-        H = self.H if len(features) == len(self.H) else self.H[np.ix_(features, features)]
         G, U, k = smooth_part(P, self.B[features], penalties)
-        return direction_from_gram(H, G, U, k, penalties.ridge, penalties.starts)
+        return direction_from_gram(self.gram(features), G, U, k, penalties.ridge, penalties.starts)
+
+    def gram(self, features: np.ndarray) -> np.ndarray:
+        """A piece of H."""
+        return self.H if len(features) == len(self.H) else self.H[np.ix_(features, features)]
 
     def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
         """H change."""

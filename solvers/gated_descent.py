@@ -11,13 +11,16 @@ some of the columns, or some of the rows, at a time.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numba
 import numpy as np
 
 from cvxdistill.solvers.active_newton import direction_from_columns, direction_from_gram
-from cvxdistill.solvers.block_descent import BlockDescent, update_block
+from cvxdistill.solvers.block_descent import update_block
+from cvxdistill.solvers.gated_operator import GatedOperator, as_weights
 from cvxdistill.solvers.group_penalties import Penalties, smooth_part
-from cvxdistill.solvers.naive_descent import naive_newton_work, naive_sweep_work
+from cvxdistill.solvers.naive_descent import ResidualDescent
 from cvxdistill.solvers.rows import row_blocks
 
 # Columns that Newton's step forms at a time.
@@ -44,9 +47,14 @@ class GatedColumnsOfGroups:
         self.X, self.D, self.root, self.means, self.Q = X, D, root, means, Q
         self.n, self.d = X.shape
 
+    @cached_property
+    def operator(self) -> GatedOperator:
+        """The columns as they were: neither centred nor scaled nor rotated."""
+        return GatedOperator(self.X, self.D)
+
     def along(self, x: np.ndarray) -> np.ndarray:
-        """A_j x_j of each gate, (G, n)."""
-        W = self._unrotated(x)
+        """A_j x_j of each gate, (G, n), for x of shape (G d,)."""
+        W = self._unrotated(x[:, None])[:, :, 0]
         T = self.X @ W.T
         T *= self.D
         T -= np.einsum("gd,gd->g", self.means, W)
@@ -54,21 +62,21 @@ class GatedColumnsOfGroups:
         return np.ascontiguousarray(T.T)
 
     def combine(self, x: np.ndarray) -> np.ndarray:
-        """A x, (n,)."""
-        W = self._unrotated(x)
-        T = self.X @ W.T
-        T *= self.D
-        shift = float(np.vdot(self.means, W))
-        out: np.ndarray = self.root * (T.sum(axis=1) - shift)
-        return out
+        """A x, (n,) or (n, c), for x of shape (G d,) or (G d, c)."""
+        if len(x) == 0:
+            return np.zeros((self.n, *x.shape[1:]))
+        W = self._unrotated(x if x.ndim == 2 else x[:, None])
+        out = self.operator.forward(as_weights(W, np.float64))
+        out -= np.einsum("gd,gdc->c", self.means, W)
+        out *= self.root[:, None]
+        return out.reshape(self.n, *x.shape[1:])
 
     def correlate(self, v: np.ndarray) -> np.ndarray:
-        """A^T v, (G d,)."""
-        weighted = self.root * v
-        C = (self.D * weighted[:, None]).T @ self.X
-        C -= self.means * weighted.sum()
-        out: np.ndarray = np.matmul(self.Q.transpose(0, 2, 1), C[:, :, None]).ravel()
-        return out
+        """A^T v, (G d,) or (G d, c), for v of shape (n,) or (n, c)."""
+        V = self.root[:, None] * (v if v.ndim == 2 else v[:, None])
+        C = self.operator.adjoint(V) - self.means[:, :, None] * V.sum(axis=0)
+        C = np.matmul(self.Q.transpose(0, 2, 1), C)
+        return C.reshape(len(self.Q) * self.d, *v.shape[1:])
 
     def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
         """A diag(weights) A^T, (n, n)."""
@@ -91,7 +99,7 @@ class GatedColumnsOfGroups:
         return H
 
     def _unrotated(self, x: np.ndarray) -> np.ndarray:
-        return np.matmul(self.Q, x.reshape(-1, self.d, 1))[:, :, 0]
+        return np.matmul(self.Q, x.reshape(len(self.Q), self.d, x.shape[1]))
 
     def _columns(self, rows: slice, gates: slice) -> np.ndarray:
         A = self.X[rows, None, :] * self.D[rows, gates, None] - self.means[gates]
@@ -100,17 +108,15 @@ class GatedColumnsOfGroups:
         return A.transpose(1, 0, 2).reshape(len(A[0]), -1)
 
 
-class GatedDescent(BlockDescent):
-    """The naive form over gates, one output.
+class GatedDescent(ResidualDescent):
+    """The naive form over gates.
 
     Parameters
     ----------
     columns : GatedColumnsOfGroups
-        Those of the working gates; empty at first, see ``extended``.
-    B, eigenvalues
-        As for ``BlockDescent``.
-    start : ndarray of shape (n, 1)
-        U at B = 0.
+        Those of the working gates.
+    B, eigenvalues, U, start
+        As for ``ResidualDescent``.
     """
 
     def __init__(
@@ -118,33 +124,15 @@ class GatedDescent(BlockDescent):
         columns: GatedColumnsOfGroups,
         B: np.ndarray,
         eigenvalues: np.ndarray,
-        start: np.ndarray,
+        U: np.ndarray,
+        start: np.ndarray | None = None,
     ):
-        super().__init__(B, eigenvalues)
-        self.columns, self.start = columns, start
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Compute U anew."""
-        self.shadow = self.start.copy()
-        if len(self.B):
-            self.shadow[:, 0] -= self.columns.combine(self.B)
+        self.columns = columns
+        super().__init__(B, eigenvalues, U, start)
 
     def gradient(self) -> np.ndarray:
         """A^T U / n."""
-        return self.columns.correlate(self.shadow[:, 0])[:, None] / len(self.shadow)
-
-    def fit(self) -> float:
-        """Half of the mean square of U."""
-        return float(np.vdot(self.shadow, self.shadow)) / (2 * len(self.shadow))
-
-    def sweep_work(self, active: int) -> float:
-        """As for columns that are stored."""
-        return naive_sweep_work(self.shadow, active)
-
-    def newton_work(self, active: int, groups: int) -> float:
-        """As for columns that are stored."""
-        return naive_newton_work(self.shadow, active, groups)
+        return self.columns.correlate(self.shadow) / len(self.shadow)
 
     def sweep(self, penalties: Penalties, *, only_active: bool = False) -> float:
         """Minimise over each gate in turn."""
@@ -155,7 +143,7 @@ class GatedDescent(BlockDescent):
             A.root,
             A.means,
             A.Q,
-            self.shadow[:, 0],
+            self.shadow,
             self.B,
             self.eigenvalues,
             penalties.norm,
@@ -167,26 +155,21 @@ class GatedDescent(BlockDescent):
         self, features: np.ndarray, penalties: Penalties, P: np.ndarray
     ) -> np.ndarray | None:
         """From the columns, or their piece of H where that is smaller."""
-        columns = self._some(features)
         G, U, k = smooth_part(P, self.B[features], penalties)
         r, starts, n = penalties.ridge, penalties.starts, len(self.shadow)
-        if len(features) > n:
-            nothing = np.zeros((0, n))
-            change = direction_from_columns(columns, nothing, G[:, 0], U[:, 0], k, r, starts)
-            return None if change is None else change[:, None]
-        return direction_from_gram(self.gram(features), G, U, k, r, starts)
+        if len(features) <= n or U.shape[1] > 1:
+            return direction_from_gram(self.gram(features), G, U, k, r, starts)
+        columns, nothing = self._some(features), np.zeros((0, n))
+        change = direction_from_columns(columns, nothing, G[:, 0], U[:, 0], k, r, starts)
+        return None if change is None else change[:, None]
 
     def gram(self, features: np.ndarray) -> np.ndarray:
-        """The piece of H of some gates' features."""
+        """A^T A / n."""
         return self._some(features).gram() / len(self.shadow)
 
     def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
         """A change."""
-        return self._some(features).combine(change)[:, None]
-
-    def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
-        """||A change||^2 / n."""
-        return float(np.vdot(image, image)) / len(image)
+        return self._some(features).combine(change)
 
     def _some(self, features: np.ndarray) -> GatedColumnsOfGroups:
         A = self.columns
@@ -203,34 +186,53 @@ def _gated_sweep(  # type: ignore[no-untyped-def]
     X, D, root, means, Q, U, B, eigenvalues, norm, ridge, only_active
 ):
     n, d = X.shape
+    c = U.shape[1]
+    u = U.reshape(n * c)
     largest = 0.0
-    P, change, change_1 = np.empty((d, 1)), np.empty((d, 1)), np.empty(d)
+    P, change = np.empty((d, c)), np.empty((d, c))
+    V, sums = np.empty((n if c > 1 else 0, c)), np.empty(d)
     for g in range(len(norm) - 1, -1, -1):
         x, y = g * d, (g + 1) * d
         if only_active and not B[x:y].any():
             continue
-        sums = np.zeros(d)
-        for i in range(n):
-            if D[i, g]:
-                v = root[i] * U[i]
-                for k in range(d):
-                    sums[k] += X[i, k] * v
-        P[:, 0] = np.dot(Q[g].T, sums)
+        if c == 1:
+            sums[:] = 0
+            _correlate_gate(X, D, g, root, u, sums)
+            P[:] = np.dot(Q[g].T, sums.reshape(d, 1))
+        else:
+            for i in range(n):
+                for o in range(c):
+                    V[i, o] = root[i] * U[i, o] if D[i, g] else 0.0
+            P[:] = np.dot(Q[g].T, np.dot(X.T, V))
         P /= n
         biggest = update_block(P, B[x:y], change, eigenvalues[x:y], 0, d, 0, norm[g], ridge[g])
         if biggest > 0:
             largest = max(largest, biggest)
-            change_1[:] = change[:, 0]
-            w = np.dot(Q[g], change_1)
-            shift = 0.0
-            for k in range(d):
-                shift += means[g, k] * w[k]
-            _subtract_gate(X, D, g, root, U, w, shift)
+            W = np.dot(Q[g], change)
+            shift = np.dot(means[g : g + 1], W)[0]
+            if c == 1:
+                _subtract_gate(X, D, g, root, u, W.reshape(d), shift[0])
+            else:
+                T = np.dot(X, W)
+                for i in range(n):
+                    for o in range(c):
+                        U[i, o] -= root[i] * ((T[i, o] if D[i, g] else 0.0) - shift[o])
     return largest
 
 
+@numba.njit(cache=True, nogil=True)
+def _correlate_gate(X, D, g, root, u, sums):  # type: ignore[no-untyped-def]
+    """Add X^T (D[:, g] root u) to sums."""
+    for i in range(X.shape[0]):
+        if D[i, g]:
+            v = root[i] * u[i]
+            for k in range(X.shape[1]):
+                sums[k] += X[i, k] * v
+
+
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _subtract_gate(X, D, g, root, U, w, shift):  # type: ignore[no-untyped-def]
+def _subtract_gate(X, D, g, root, u, w, shift):  # type: ignore[no-untyped-def]
+    """Subtract root (D[:, g] (X w) - shift) from u."""
     for i in range(X.shape[0]):
         value = -shift
         if D[i, g]:
@@ -238,4 +240,4 @@ def _subtract_gate(X, D, g, root, U, w, shift):  # type: ignore[no-untyped-def]
             for k in range(X.shape[1]):
                 total += X[i, k] * w[k]
             value += total
-        U[i] -= root[i] * value
+        u[i] -= root[i] * value

@@ -142,7 +142,7 @@ class GroupElasticNetProblem:
 
     def objective(self, coef: Any, intercept: Any, alpha: float) -> float:
         """The objective at coefficients (d, c) and an intercept (c,)."""
-        B = self._coefficients(coef)
+        B = self.coefficients(coef)
         Z = self.columns.forward(B)
         b = np.broadcast_to(np.asarray(intercept, dtype=Z.dtype), (self.n_outputs,))
         return self.loss.value(self.predictions(Z, b)) + self.penalties(alpha).value(B[self.order])
@@ -153,7 +153,7 @@ class GroupElasticNetProblem:
         From their residual, made orthogonal to the unpenalised features and then scaled; infinite
         where that is not dual feasible.
         """
-        B = self._coefficients(coef)
+        B = self.coefficients(coef)
         Z = self.columns.forward(B)
         F = self.predictions(Z, self.intercept(Z))
         theta, lengths = self.dual_point(F, self.loss.residual(F))
@@ -193,7 +193,14 @@ class GroupElasticNetProblem:
         move = np.linalg.lstsq(U.T @ weighted, U.T @ R.astype(np.float64), rcond=None)[0]
         return (R - weighted @ move).astype(R.dtype)
 
-    def _coefficients(self, coef: Any) -> np.ndarray:
+    def coefficients(self, coef: Any) -> np.ndarray:
+        """Coefficients (d, c), or (d,) for one output, as finite float64 of shape (d, c).
+
+        Raises
+        ------
+        ValueError
+            If they are not.
+        """
         d, c = self.columns.shape[1], self.n_outputs
         B = np.asarray(coef, dtype=np.float64)
         if B.shape == (d,) and c == 1:
@@ -262,9 +269,12 @@ def _partition(groups: Any, d: int) -> list[np.ndarray]:
         order = np.argsort(labels, kind="stable")
         cuts = np.flatnonzero(np.diff(labels[order])) + 1
         return np.split(order, cuts)
-    members = [np.asarray(group, dtype=np.int64).ravel() for group in groups]
+    members = [np.asarray(group).ravel() for group in groups]
     if any(len(group) == 0 for group in members):
         raise ValueError("groups must not hold an empty group.")
+    for group in members:
+        if group.dtype.kind not in "iu":
+            raise ValueError(f"groups must hold numbers of features, got {group.tolist()}.")
     everything = np.sort(np.concatenate(members))
     if len(everything) != d or (everything != np.arange(d)).any():
         raise ValueError(f"groups must hold each of the {d} features exactly once.")

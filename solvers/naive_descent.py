@@ -14,52 +14,81 @@ from cvxdistill.solvers.block_descent import SWEEP_COST, BlockDescent, update_bl
 from cvxdistill.solvers.group_penalties import Penalties, smooth_part
 
 
-class NaiveDescent(BlockDescent):
-    """The naive form, for columns that are centred, scaled by sqrt(h) and rotated.
+class ResidualDescent(BlockDescent):
+    """What the forms share that keep U, sqrt(h) times the residual; ``shadow`` is U.
 
     Parameters
     ----------
-    AT : ndarray of shape (m, n)
-        The columns, as rows.
-    U : ndarray of shape (n, c)
-        sqrt(h) times the residual at B; changed in place.
     B, eigenvalues
         As for ``BlockDescent``.
+    U : ndarray of shape (n, c)
+        At B; changed in place.
     start : ndarray of shape (n, c), optional
         U at B = 0, where it is known.
     """
 
     def __init__(
         self,
-        AT: np.ndarray,
-        U: np.ndarray,
         B: np.ndarray,
         eigenvalues: np.ndarray,
+        U: np.ndarray,
         start: np.ndarray | None = None,
     ):
         super().__init__(B, eigenvalues)
-        self.AT, self.shadow = AT, U
-        self.start = U + AT.T @ B if start is None else start
+        self.shadow = U
+        self.start = U + self.image(np.arange(len(B)), B) if start is None else start
 
     def refresh(self) -> None:
         """Compute U anew."""
-        np.subtract(self.start, self.AT.T @ self.B, out=self.shadow)
-
-    def gradient(self) -> np.ndarray:
-        """A^T U / n."""
-        return self.AT @ self.shadow / len(self.shadow)
+        np.subtract(self.start, self.image(np.arange(len(self.B)), self.B), out=self.shadow)
 
     def fit(self) -> float:
         """Half of the mean square of U."""
         return float(np.vdot(self.shadow, self.shadow)) / (2 * len(self.shadow))
 
     def sweep_work(self, active: int) -> float:
-        """Two passes over their columns."""
-        return naive_sweep_work(self.shadow, active)
+        """Two passes over the columns."""
+        return SWEEP_COST * 2 * active * self.shadow.size
 
     def newton_work(self, active: int, groups: int) -> float:
         """The smaller Gram matrix and its factorisation."""
-        return naive_newton_work(self.shadow, active, groups)
+        n, c = self.shadow.shape
+        if c > 1:
+            return n * active**2 / 2 + active**3 + 2 * active**2 * c
+        small, large = sorted((n, active))
+        work = small**2 * large / 2 + small**3 / 3
+        return work if active <= n else work + 2 * n**2 * groups + 2 * n * groups**2
+
+    def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
+        """||A change||^2 / n."""
+        return float(np.vdot(image, image)) / len(image)
+
+
+class NaiveDescent(ResidualDescent):
+    """The naive form, for columns that are centred, scaled by sqrt(h) and rotated.
+
+    Parameters
+    ----------
+    AT : ndarray of shape (m, n)
+        The columns, as rows.
+    B, eigenvalues, U, start
+        As for ``ResidualDescent``.
+    """
+
+    def __init__(
+        self,
+        AT: np.ndarray,
+        B: np.ndarray,
+        eigenvalues: np.ndarray,
+        U: np.ndarray,
+        start: np.ndarray | None = None,
+    ):
+        self.AT = AT
+        super().__init__(B, eigenvalues, U, start)
+
+    def gradient(self) -> np.ndarray:
+        """A^T U / n."""
+        return self.AT @ self.shadow / len(self.shadow)
 
     def sweep(self, penalties: Penalties, *, only_active: bool = False) -> float:
         """Minimise over each group in turn."""
@@ -78,46 +107,28 @@ class NaiveDescent(BlockDescent):
         self, features: np.ndarray, penalties: Penalties, P: np.ndarray
     ) -> np.ndarray | None:
         """From the columns, or their piece of H where that is smaller."""
-        AT = self.AT if len(features) == len(self.AT) else self.AT[features]
         G, U, k = smooth_part(P, self.B[features], penalties)
         r, starts = penalties.ridge, penalties.starts
-        if len(features) > self.AT.shape[1] and U.shape[1] == 1:
-            normed = np.repeat(k > 0, np.diff(starts))
-            columns, free = (AT, AT[:0]) if normed.all() else (AT[normed], AT[~normed])
-            change = direction_from_columns(
-                DenseColumnsOfGroups(columns, np.diff(starts)[k > 0]),
-                free,
-                G[:, 0],
-                U[:, 0],
-                k,
-                r,
-                starts,
-            )
-            return None if change is None else change[:, None]
-        return direction_from_gram(AT @ AT.T / AT.shape[1], G, U, k, r, starts)
+        if len(features) <= len(self.shadow) or U.shape[1] > 1:
+            return direction_from_gram(self.gram(features), G, U, k, r, starts)
+        AT, sizes = self._columns(features), np.diff(starts)
+        normed = np.repeat(k > 0, sizes)
+        with_norm, free = (AT, AT[:0]) if normed.all() else (AT[normed], AT[~normed])
+        columns = DenseColumnsOfGroups(with_norm, sizes[k > 0])
+        change = direction_from_columns(columns, free, G[:, 0], U[:, 0], k, r, starts)
+        return None if change is None else change[:, None]
+
+    def gram(self, features: np.ndarray) -> np.ndarray:
+        """A^T A / n."""
+        AT = self._columns(features)
+        return AT @ AT.T / AT.shape[1]
 
     def image(self, features: np.ndarray, change: np.ndarray) -> np.ndarray:
         """A change."""
-        return self.AT[features].T @ change
+        return self._columns(features).T @ change
 
-    def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
-        """||A change||^2 / n."""
-        return float(np.vdot(image, image)) / len(image)
-
-
-def naive_sweep_work(U: np.ndarray, active: int) -> float:
-    """Of the naive form with residual U (n, c): two passes over the columns."""
-    return SWEEP_COST * 2 * active * U.size
-
-
-def naive_newton_work(U: np.ndarray, active: int, groups: int) -> float:
-    """Of the naive form with residual U (n, c): the smaller Gram matrix and its factorisation."""
-    n, c = U.shape
-    if c > 1:
-        return n * active**2 / 2 + active**3 + 2 * active**2 * c
-    small, large = sorted((n, active))
-    work = small**2 * large / 2 + small**3 / 3
-    return work if active <= n else work + 2 * n**2 * groups + 2 * n * groups**2
+    def _columns(self, features: np.ndarray) -> np.ndarray:
+        return self.AT if len(features) == len(self.AT) else self.AT[features]
 
 
 @numba.njit(cache=True, nogil=True)

@@ -83,34 +83,25 @@ class QuadraticModel:
             squares = float(np.sum(R * R / self.h[:, None])) / n
             nothing = np.zeros((0, c))
             self.descent = CovarianceDescent(np.zeros((0, 0)), nothing, nothing, squares, nothing)
-        elif self._by_gates(c):
-            columns = self.problem.columns
-            assert isinstance(columns, GatedColumns)
-            d = columns.operator.d
-            empty = GatedColumnsOfGroups(
-                columns.inputs(),
-                np.zeros((n, 0), bool),
-                self.root,
-                np.zeros((0, d)),
-                np.zeros((0, d, d)),
-            )
-            U = R / self.root[:, None]
-            self.descent = GatedDescent(empty, np.zeros((0, 1)), np.zeros(0), U)
         else:
-            U = R / self.root[:, None]
-            # Room for the columns, and for some that will come.
-            self.buffer = np.empty((0, n))
-            self.descent = NaiveDescent(np.zeros((0, n)), U, np.zeros((0, c)), np.zeros(0))
+            U, nothing = R / self.root[:, None], np.zeros((0, c))
+            if self._by_gates():
+                columns = self.problem.columns
+                assert isinstance(columns, GatedColumns)
+                d = columns.operator.d
+                D, means, Q = np.zeros((n, 0), bool), np.zeros((0, d)), np.zeros((0, d, d))
+                empty = GatedColumnsOfGroups(columns.inputs(), D, self.root, means, Q)
+                self.descent = GatedDescent(empty, nothing, np.zeros(0), U)
+            else:
+                # Room for the columns, and for some that will come.
+                self.buffer = np.empty((0, n))
+                self.descent = NaiveDescent(self.buffer, nothing, np.zeros(0), U)
         self.extend(working, coef, R)
-        if isinstance(self.descent, GatedDescent) and coef.any():
-            # U is known at coef; the descent wants it at 0.
-            self.descent.start = 2 * self.descent.start - self.descent.shadow
-            self.descent.refresh()
 
-    def _by_gates(self, c: int) -> bool:
-        """Whether the blocks are the gates of an operator, and there is one output."""
+    def _by_gates(self) -> bool:
+        """Whether the blocks are the gates of an operator."""
         columns, problem = self.problem.columns, self.problem
-        if not isinstance(columns, GatedColumns) or c > 1:
+        if not isinstance(columns, GatedColumns):
             return False
         sizes = np.diff(self.blocks.starts)
         in_order = (problem.order == np.arange(columns.shape[1])).all()
@@ -212,7 +203,8 @@ class QuadraticModel:
         )
         B = np.vstack([old.B, rotations.of_rows(coef)])
         eigenvalues = np.concatenate([old.eigenvalues, np.maximum(eigenvalues.ravel(), 0)])
-        self.descent = GatedDescent(gates, B, eigenvalues, old.start)
+        start = old.start if len(self.features) else None
+        self.descent = GatedDescent(gates, B, eigenvalues, old.shadow, start)
         self.descent.share = old.share
         self.rotations = self.rotations.followed_by(rotations)
         self.mean = np.concatenate([self.mean, mean.ravel()])
@@ -240,7 +232,7 @@ class QuadraticModel:
         eigenvalues = np.concatenate([old.eigenvalues, np.einsum("mn,mn->m", new, new) / n])
         B = np.vstack([old.B, rotations.of_rows(coef)])
         start = old.start if m else None
-        self.descent = NaiveDescent(AT, old.shadow, B, eigenvalues, start)
+        self.descent = NaiveDescent(AT, B, eigenvalues, old.shadow, start)
         self.descent.share = old.share
         self.mean = np.concatenate([self.mean, mean])
         self.rotations = self.rotations.followed_by(rotations)
@@ -251,38 +243,28 @@ class QuadraticModel:
 
     def move(self, coef: np.ndarray, R: np.ndarray) -> None:
         """The same weights h, but from here: other coefficients with their residual R."""
-        n = len(R)
+        old, n = self.descent, len(R)
         B = self.rotations.of_rows(coef[self.features])
         R = R.astype(np.float64)
-        if isinstance(self.descent, CovarianceDescent):
+        if isinstance(old, CovarianceDescent):
             C = self.problem.columns.adjoint(R)[self.features] / n
             squares = float(np.sum(R * R / self.h[:, None])) / n
-            P = self.rotations.of_rows(C)
-            self.descent = CovarianceDescent.at(self.descent.H, B, P, squares)
-        elif isinstance(self.descent, GatedDescent):
-            start = R / self.root[:, None] + self.descent.columns.combine(B)[:, None]
-            self.descent = GatedDescent(self.descent.columns, B, self.descent.eigenvalues, start)
+            self.descent = CovarianceDescent.at(old.H, B, self.rotations.of_rows(C), squares)
+        elif isinstance(old, GatedDescent):
+            self.descent = GatedDescent(old.columns, B, old.eigenvalues, R / self.root[:, None])
         else:
-            assert isinstance(self.descent, NaiveDescent)
-            U = R / self.root[:, None]
-            self.descent = NaiveDescent(self.descent.AT, U, B, self.descent.eigenvalues)
+            assert isinstance(old, NaiveDescent)
+            self.descent = NaiveDescent(old.AT, B, old.eigenvalues, R / self.root[:, None])
+        self.descent.share = old.share
 
     def preconditioner(
         self, features: np.ndarray, stiff: np.ndarray
     ) -> Callable[[np.ndarray], np.ndarray]:
         """(H + diag(stiff))^-1 on some of the model's features, as a function; not rotated."""
-        descent = self.descent
-        if isinstance(descent, CovarianceDescent):
-            M = descent.H[np.ix_(features, features)]
-        elif isinstance(descent, GatedDescent):
-            M = descent.gram(features)
-        else:
-            assert isinstance(descent, NaiveDescent)
-            AT = descent.AT[features]
-            M = AT @ AT.T / AT.shape[1]
+        M = self.descent.gram(features).copy()
         M.flat[:: len(M) + 1] += stiff + 1e-10 * (np.trace(M) / len(M) + stiff)
         factor = linalg.cho_factor(M, lower=True, overwrite_a=True, check_finite=False)
-        everything = np.zeros_like(descent.B)
+        everything = np.zeros_like(self.descent.B)
 
         def apply(G: np.ndarray) -> np.ndarray:
             everything[features] = G

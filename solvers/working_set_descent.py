@@ -33,7 +33,7 @@ from cvxdistill.solvers.quadratic_model import QuadraticModel
 if TYPE_CHECKING:
     from cvxdistill.solvers.coordinate_descent import BlockCoordinateDescent
 
-# Features whose whole Gram matrix is formed at once, if there are as many examples.
+# Features whose whole Gram matrix is formed at once, if there are half as many examples.
 MOST_GRAM_FEATURES = 2000
 # An alpha at which all penalised coefficients are 0.
 HUGE = 1e150
@@ -56,10 +56,9 @@ class WorkingSetDescent:
         self.settings = settings
         self.problem = problem
         n, d = problem.columns.shape
-        self.coef = (
-            np.zeros((d, problem.n_outputs)) if coef is None else problem._coefficients(coef)
-        )
-        self.coef = self.coef.copy()
+        self.coef = np.zeros((d, problem.n_outputs))
+        if coef is not None:
+            self.coef[...] = problem.coefficients(coef)
         self.quadratic = isinstance(problem.loss.loss, SquaredLoss)
         # Whether the weights of a quadratic model are a bound of the Hessian, not the Hessian.
         self.bounded = problem.loss.is_coupled or isinstance(problem.loss.loss, HuberLoss)
@@ -167,14 +166,13 @@ class WorkingSetDescent:
         bound = problem.l1_ratio * problem.block_weights * (2 * alpha - self.last_alpha)
         return np.flatnonzero(self.lengths >= bound)
 
-    def _add(self, blocks: np.ndarray) -> np.ndarray:
-        """Take blocks into the working set, and into the model; return the new ones."""
+    def _add(self, blocks: np.ndarray) -> None:
+        """Take blocks into the working set, and into the model."""
         new = np.setdiff1d(blocks, self.working)
         if len(new):
             self.working = np.concatenate([self.working, new])
             if self.model is not None:
                 self.model.extend(new, self.coef, self.R)
-        return new
 
     def _solve(self, alpha: float) -> tuple[float, float, int, str]:
         """Descend to the tolerance; return objective, gap, sweeps and why it ended."""
@@ -258,17 +256,14 @@ class WorkingSetDescent:
             return
         places, local = local.features(active), local.of(active)
         features, B = model.features[places], B[places]
-        G, U, k = smooth_part(problem.columns.adjoint(self.R)[features] / len(self.R), B, local)
         first, sizes = local.starts[:-1], np.diff(local.starts)
         A = problem.columns.take(features)
-        center = np.zeros(len(features))
         if problem.fit_intercept:
-            center = model.mean[places] / model.h.sum()
-            A -= center
+            A -= model.mean[places] / model.h.sum()
+        n, m = A.shape
+        G, U, k = smooth_part(A.T @ self.R / n, B, local)
         # Single precision is enough for a direction.
         A = A.astype(np.float32)
-        n, m = A.shape
-        G -= np.outer(center, self.R.mean(axis=0))
         stiff = np.repeat(k + local.ridge, sizes)
         solve = model.preconditioner(places, stiff)
         scale, R = model.h.mean(), self.R.astype(A.dtype)

@@ -241,6 +241,7 @@ def test_limits_are_kept_and_said():
         ({"groups": 7}, "divides"),
         ({"groups": [[0, 1], [1, 2, 3, 4]]}, "exactly once"),
         ({"groups": [[0, 1, 2, 3, 4], []]}, "empty group"),
+        ({"groups": [[0.0, 1.9], [2, 3, 4]]}, "numbers of features"),
         ({"groups": np.zeros(3, dtype=int)}, "integer labels"),
         ({"group_weights": [1, 2]}, "shape"),
         ({"group_weights": [-1, 1, 1, 1, 1]}, "not negative"),
@@ -281,12 +282,14 @@ def test_bad_alphas_and_warm_starts_are_refused():
 
 
 @pytest.mark.parametrize("intercept", [False, True])
-@pytest.mark.parametrize(("n", "l1_ratio"), [(30, 1.0), (30, 0.6), (90, 1.0)])
+@pytest.mark.parametrize(
+    ("n", "c", "l1_ratio"), [(30, 1, 1.0), (30, 1, 0.6), (90, 1, 1.0), (30, 3, 1.0), (90, 3, 0.6)]
+)
 def test_gated_columns_that_are_never_formed_give_the_path_of_those_that_are(
-    n, l1_ratio, intercept
+    n, c, l1_ratio, intercept
 ):
     rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((n, 5)), rng.standard_normal(n)
+    X, y = rng.standard_normal((n, 5)), rng.standard_normal((n, c))
     D = rng.random((n, 12)) < 0.5
     kind = {
         "l1_ratio": l1_ratio,
@@ -312,7 +315,8 @@ def test_gated_columns_that_are_never_formed_give_the_path_of_those_that_are(
     )
     assert again.n_iter <= 2
     np.testing.assert_allclose(again.coef, paths[1][-1].coef, atol=1e-4)
-    for loss, targets in (("logistic", np.sign(y)), ("huber", 5 * y)):
+    classes = ("multinomial", np.eye(c)[y.argmax(axis=1)]) if c > 1 else ("logistic", np.sign(y))
+    for loss, targets in (classes, ("huber", 5 * y)):
         glm, dense = (
             BlockCoordinateDescent(tol=1e-8, form="naive").path(
                 GroupElasticNetProblem(A, targets, 5, loss=loss, **kind), n_alphas=4, eps=0.1
