@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,11 +285,11 @@ def main(chosen: str | None, limit: float) -> None:
         "adelie": (peers_python(), "adelie_path.py"),
         "skglm": (peers_python(), "skglm_path.py"),
     }
-    workers = {
-        name: Worker(python, HERE / "peers" / script, THREADS)
-        for name, (python, script) in scripts.items()
-    }
-    try:
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(python, HERE / "peers" / script, THREADS))
+            for name, (python, script) in scripts.items()
+        }
         warm_up(workers)
         for name in names:
             if name in done:
@@ -298,9 +299,6 @@ def main(chosen: str | None, limit: float) -> None:
                 file.writelines(json.dumps(row, default=float) + "\n" for row in new)
             rows += new
             print(name, *(f"{row['solver']} {row['seconds']:.3g} s" for row in new), flush=True)
-    finally:
-        for worker in workers.values():
-            worker.__exit__()
     frame = pd.DataFrame([row for row in rows if row["case"] in names])
     print(report(frame))
     print(machine)

@@ -20,6 +20,7 @@ from cvxdistill.solvers import (
     alpha_grid,
     group_alpha_max,
 )
+from cvxdistill.solvers.path import decreasing_alphas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -300,13 +301,12 @@ class GroupElasticNetCV(GroupLinearModel):
             alphas = np.asarray(self.alphas)
             if alphas.dtype.kind not in "fiu" or alphas.ndim != 1 or len(alphas) == 0:
                 raise ValueError(f"alphas must be a sequence of numbers, got {self.alphas!r}.")
-            if not (np.isfinite(alphas) & (alphas > 0)).all():
-                raise ValueError(f"alphas must be positive and finite, got {self.alphas!r}.")
+            decreasing_alphas(alphas)
 
     def _grid(self, problem: GroupElasticNetProblem) -> np.ndarray:
         """Decreasing alphas."""
         if self.alphas is not None:
-            return np.sort(np.asarray(self.alphas, dtype=float))[::-1]
+            return decreasing_alphas(self.alphas)
         largest = group_alpha_max(problem)
         if not 0 < largest < np.inf:
             raise ValueError(

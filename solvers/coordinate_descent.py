@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
 from cvxdistill.solvers.group_solution import GroupPath, GroupSolution
-from cvxdistill.solvers.path import alpha_grid
+from cvxdistill.solvers.path import alpha_grid, decreasing_alphas
 from cvxdistill.solvers.threads import one_blas_thread
 from cvxdistill.solvers.working_set_descent import WorkingSetDescent
 
@@ -75,7 +75,7 @@ class BlockCoordinateDescent:
         coef = getattr(warm_start, "coef", warm_start)
         # Products are many and small, and those of BLAS's threads wait for each other.
         with one_blas_thread():
-            return WorkingSetDescent(self, problem, coef).solve(_alphas([alpha])[0])
+            return WorkingSetDescent(self, problem, coef).solve(decreasing_alphas([alpha])[0])
 
     def path(
         self,
@@ -122,7 +122,7 @@ class BlockCoordinateDescent:
                 raise ValueError(f"alpha_max is {largest}: say which alphas.")
             alphas = alpha_grid(largest, n_alphas, eps)
         solutions: list[GroupSolution] = []
-        ordered = np.sort(_alphas(alphas))[::-1]
+        ordered = decreasing_alphas(alphas)
         for alpha in tqdm(ordered, disable=not self.verbose, desc="alphas", leave=False):
             solutions.append(descent.solve(float(alpha)))
             if callback is not None and callback(solutions[-1]):
@@ -134,12 +134,3 @@ def group_alpha_max(problem: GroupElasticNetProblem) -> float:
     """The smallest alpha at which all penalised coefficients are 0; infinite for l1_ratio = 0."""
     with one_blas_thread():
         return WorkingSetDescent(BlockCoordinateDescent(), problem, None).alpha_max()
-
-
-def _alphas(alphas: Any) -> np.ndarray:
-    ordered = np.asarray(alphas, dtype=float).ravel()
-    if len(ordered) == 0:
-        raise ValueError("alphas is empty.")
-    if not (np.isfinite(ordered) & (ordered > 0)).all():
-        raise ValueError(f"alpha must be positive and finite, got {alphas}.")
-    return ordered

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cvxdistill.solvers import solution as status
+from cvxdistill.solvers.path import SolutionPath
 from cvxdistill.solvers.solution import relative
 
 
@@ -73,16 +74,8 @@ class GroupSolution:
         )
 
 
-class GroupPath(tuple[GroupSolution, ...]):
-    """Solutions in order of decreasing alpha, with their figures as arrays."""
-
-    def _column(self, name: str) -> np.ndarray:
-        return np.array([getattr(solution, name) for solution in self])
-
-    @property
-    def alphas(self) -> np.ndarray:
-        """Regularisation strengths, (alphas,)."""
-        return self._column("alpha")
+class GroupPath(SolutionPath[GroupSolution]):
+    """A path of the group elastic net."""
 
     @property
     def coefs(self) -> np.ndarray:
@@ -95,25 +88,6 @@ class GroupPath(tuple[GroupSolution, ...]):
         return self._column("intercept")
 
     @property
-    def relative_gaps(self) -> np.ndarray:
-        """Relative duality gap of each point."""
-        return self._column("relative_gap")
-
-    @property
     def active_groups(self) -> np.ndarray:
         """Number of groups that are not zero at each point."""
         return self._column("n_active_groups")
-
-    @property
-    def seconds(self) -> np.ndarray:
-        """Seconds that each point took."""
-        return self._column("seconds")
-
-    def __repr__(self) -> str:
-        if not self:
-            return "GroupPath(empty)"
-        return (
-            f"GroupPath({len(self)} alphas from {self.alphas[0]:.3g} to {self.alphas[-1]:.3g}, "
-            f"{self.active_groups[-1]} groups at the end, largest relative gap "
-            f"{self.relative_gaps.max():.1e}, {self.seconds.sum():.2f} s)"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,8 +11,10 @@ from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, Solver
 
+S = TypeVar("S")
 
-class Path(tuple[Solution, ...]):
+
+class SolutionPath(tuple[S, ...]):
     """Solutions in order of decreasing alpha, with their figures as arrays."""
 
     def _column(self, name: str) -> np.ndarray:
@@ -20,7 +22,7 @@ class Path(tuple[Solution, ...]):
 
     @property
     def alphas(self) -> np.ndarray:
-        """Regularisation strengths."""
+        """Regularisation strengths, (alphas,)."""
         return self._column("alpha")
 
     @property
@@ -33,18 +35,39 @@ class Path(tuple[Solution, ...]):
         """Seconds that each point took."""
         return self._column("seconds")
 
+    def __repr__(self) -> str:
+        if not self:
+            return f"{type(self).__name__}(empty)"
+        return (
+            f"{type(self).__name__}({len(self)} alphas from {self.alphas[0]:.3g} to "
+            f"{self.alphas[-1]:.3g}, largest relative gap {self.relative_gaps.max():.1e}, "
+            f"{self.seconds.sum():.2f} s)"
+        )
+
+
+class Path(SolutionPath[Solution]):
+    """A path of the convex programme of a network."""
+
     @property
     def active_gates(self) -> np.ndarray:
         """Number of gates with V[j] != 0 at each point."""
         return self._column("n_active_gates")
 
-    def __repr__(self) -> str:
-        if not self:
-            return "Path(empty)"
-        return (
-            f"Path({len(self)} alphas from {self.alphas[0]:.3g} to {self.alphas[-1]:.3g}, "
-            f"largest relative gap {self.relative_gaps.max():.1e}, {self.seconds.sum():.2f} s)"
-        )
+
+def decreasing_alphas(alphas: Any) -> np.ndarray:
+    """Alphas from the largest down, (alphas,).
+
+    Raises
+    ------
+    ValueError
+        If there are none, or one is not positive and finite.
+    """
+    ordered = np.sort(np.asarray(alphas, dtype=float).ravel())[::-1]
+    if len(ordered) == 0:
+        raise ValueError("alphas is empty.")
+    if not (np.isfinite(ordered) & (ordered > 0)).all():
+        raise ValueError(f"alphas must be positive and finite, got {ordered}.")
+    return ordered
 
 
 def alpha_grid(alpha_max: float, n_alphas: int = 50, eps: float = 1e-2) -> np.ndarray:
@@ -91,13 +114,8 @@ def solve_path(
         if alpha_max == 0:
             raise ValueError("alpha_max is 0: the targets are constant, so every V is zero.")
         alphas = alpha_grid(alpha_max, n_alphas, eps)
-    ordered: Any = np.sort(np.asarray(alphas, dtype=float).ravel())[::-1]
-    if len(ordered) == 0:
-        raise ValueError("alphas is empty.")
-    if not (np.isfinite(ordered) & (ordered > 0)).all():
-        raise ValueError(f"alphas must be positive and finite, got {ordered}.")
     solutions: list[Solution] = []
-    for alpha in ordered:
+    for alpha in decreasing_alphas(alphas):
         warm_start = solutions[-1] if solutions else None
         solutions.append(
             solver.solve(problem, float(alpha), warm_start=warm_start, callback=callback)
