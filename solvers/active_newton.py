@@ -97,7 +97,7 @@ class ColumnsOfGroups(Protocol):
         ...
 
     def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
-        """A diag(weights) A^T, (n, n)."""
+        """sum_g weights_g A_g A_g^T, (n, n), of which the lower triangle counts."""
         ...
 
 
@@ -124,8 +124,8 @@ class DenseColumnsOfGroups:
         return self.AT @ v
 
     def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
-        """A diag(weights) A^T, (n, n)."""
-        roots = np.sqrt(weights)[:, None]
+        """sum_g weights_g A_g A_g^T, (n, n), of which the lower triangle counts."""
+        roots = np.repeat(np.sqrt(weights), np.diff(self.starts))[:, None]
         scaled = np.multiply(self.AT, roots, dtype=dtype, casting="same_kind")
         return scaled.T @ scaled
 
@@ -153,7 +153,7 @@ def direction_from_columns(
     # The columns along u_g, and those that are not penalised by their norm.
     along = np.vstack([columns.along(u), free])
     k, ridge = k[k > 0], r[k > 0]
-    solve = _examples_solver(columns, along[: len(k)], n * stiff, n * (k + ridge))
+    solve = _examples_solver(columns, along[: len(k)], n * (k + ridge))
     if solve is None:
         return None
     along /= np.sqrt(n)
@@ -179,26 +179,27 @@ def direction_from_columns(
 
 
 def _examples_solver(
-    columns: ColumnsOfGroups, along: np.ndarray, stiff: np.ndarray, stiff_along: np.ndarray
+    columns: ColumnsOfGroups, along: np.ndarray, stiff: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Solver for I + A diag(1/stiff) A^T - along^T diag(1/stiff_along) along.
+    """Solver for I + sum_g (A_g A_g^T - along_g along_g^T) / stiff_g.
 
     The factor is in single precision, good enough for a direction, unless that fails.
     """
     for kind, dtype in (("s", np.float32), ("d", np.float64)):
-        N = columns.outer(1 / stiff, dtype)
-        part = (along / np.sqrt(stiff_along)[:, None]).astype(dtype)
-        N -= part.T @ part
+        # As BLAS orders it, the transpose: the upper triangle counts.
+        N = columns.outer(1 / stiff, dtype).T
+        part = (along / np.sqrt(stiff)[:, None]).astype(dtype).T
+        syrk = getattr(linalg.blas, f"{kind}syrk")
+        N = syrk(-1, part, beta=1, c=N, overwrite_c=1)
         N.flat[:: len(N) + 1] += 1
-        factor, failed = getattr(linalg.lapack, f"{kind}potrf")(N, lower=1, overwrite_a=1, clean=0)
+        factor, failed = getattr(linalg.lapack, f"{kind}potrf")(N, overwrite_a=1, clean=0)
         if not failed:
-            potrs = getattr(linalg.lapack, f"{kind}potrs")
-            return partial(_solution, potrs, factor)
+            return partial(_solution, getattr(linalg.lapack, f"{kind}potrs"), factor)
     return None
 
 
 def _solution(potrs: Callable, factor: np.ndarray, b: np.ndarray) -> np.ndarray:
-    x: np.ndarray = potrs(factor, b, lower=1)[0]
+    x: np.ndarray = potrs(factor, b)[0]
     return x
 
 

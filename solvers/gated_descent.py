@@ -79,14 +79,28 @@ class GatedColumnsOfGroups:
         return C.reshape(len(self.Q) * self.d, *v.shape[1:])
 
     def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
-        """A diag(weights) A^T, (n, n)."""
-        N: np.ndarray = np.zeros((self.n, self.n), dtype=dtype)
-        step = max(1, COLUMNS // self.d)
-        roots = np.sqrt(weights).reshape(-1, self.d)
-        for a in range(0, len(self.Q), step):
-            gates = slice(a, a + step)
-            part = (self._columns(slice(None), gates) * roots[gates].ravel()).astype(dtype)
-            N += part @ part.T
+        """sum_g weights_g A_g A_g^T, (n, n), of which the lower triangle counts.
+
+        Rotations do not matter, and a sum over gates of the examples' inner products is such a
+        product times that of their patterns:
+
+            sum_g w_g diag(D_g) X X^T diag(D_g) = (X X^T) * (D diag(w) D^T).
+        """
+        X, D, root = self.X.astype(dtype), self.D.astype(dtype), self.root.astype(dtype)
+        weighted, w = D * weights.astype(dtype), weights
+        # Of centred columns: (diag(D_g) X - 1 m_g^T) (diag(D_g) X - 1 m_g^T)^T.
+        shift = ((self.D * (self.X @ self.means.T)) @ w).astype(dtype)
+        constant = dtype(w @ np.einsum("gd,gd->g", self.means, self.means))
+        N = np.empty((self.n, self.n), dtype=dtype)
+        for rows in row_blocks(self.n, self.n, dtype):
+            past = slice(rows.stop)
+            part = X[rows] @ X[past].T
+            part *= weighted[rows] @ D[past].T
+            part -= shift[rows, None]
+            part += constant - shift[past]
+            part *= root[rows, None]
+            part *= root[past]
+            N[rows, past] = part
         return N
 
     def gram(self) -> np.ndarray:
@@ -130,6 +144,10 @@ class GatedDescent(ResidualDescent):
         self.columns = columns
         super().__init__(B, eigenvalues, U, start)
 
+    def outer_work(self, active: int, groups: int) -> float:
+        """Two products of patterns and of examples."""
+        return len(self.shadow) ** 2 * (self.columns.d + groups) / 2
+
     def gradient(self) -> np.ndarray:
         """A^T U / n."""
         return self.columns.correlate(self.shadow) / len(self.shadow)
@@ -156,10 +174,10 @@ class GatedDescent(ResidualDescent):
     ) -> np.ndarray | None:
         """From the columns, or their piece of H where that is smaller."""
         G, U, k = smooth_part(P, self.B[features], penalties)
-        r, starts, n = penalties.ridge, penalties.starts, len(self.shadow)
-        if len(features) <= n or U.shape[1] > 1:
+        r, starts = penalties.ridge, penalties.starts
+        if not self.by_examples(len(features), len(k)):
             return direction_from_gram(self.gram(features), G, U, k, r, starts)
-        columns, nothing = self._some(features), np.zeros((0, n))
+        columns, nothing = self._some(features), np.zeros((0, len(self.shadow)))
         change = direction_from_columns(columns, nothing, G[:, 0], U[:, 0], k, r, starts)
         return None if change is None else change[:, None]
 

@@ -51,13 +51,29 @@ class ResidualDescent(BlockDescent):
         return SWEEP_COST * 2 * active * self.shadow.size
 
     def newton_work(self, active: int, groups: int) -> float:
-        """The smaller Gram matrix and its factorisation."""
+        """The cheaper of the two ways."""
+        return min(self._features_work(active), self._examples_work(active, groups))
+
+    def by_examples(self, active: int, groups: int) -> bool:
+        """Whether Newton's direction is cheaper by a matrix of the examples."""
+        return self._examples_work(active, groups) < self._features_work(active)
+
+    def outer_work(self, active: int, groups: int) -> float:
+        """Operations of A A^T."""
+        return len(self.shadow) ** 2 * active / 2
+
+    def _features_work(self, active: int) -> float:
+        """A^T A and its factorisation, for more outputs also an inverse and solutions."""
+        n, c = self.shadow.shape
+        factor = active**3 / 3 if c == 1 else active**3 + 2 * active**2 * c
+        return n * active**2 / 2 + factor
+
+    def _examples_work(self, active: int, groups: int) -> float:
+        """A A^T, its factorisation, and a solution for each group."""
         n, c = self.shadow.shape
         if c > 1:
-            return n * active**2 / 2 + active**3 + 2 * active**2 * c
-        small, large = sorted((n, active))
-        work = small**2 * large / 2 + small**3 / 3
-        return work if active <= n else work + 2 * n**2 * groups + 2 * n * groups**2
+            return np.inf
+        return self.outer_work(active, groups) + n**3 / 3 + 2 * n * groups * (n + groups)
 
     def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
         """||A change||^2 / n."""
@@ -109,7 +125,7 @@ class NaiveDescent(ResidualDescent):
         """From the columns, or their piece of H where that is smaller."""
         G, U, k = smooth_part(P, self.B[features], penalties)
         r, starts = penalties.ridge, penalties.starts
-        if len(features) <= len(self.shadow) or U.shape[1] > 1:
+        if not self.by_examples(len(features), len(k)):
             return direction_from_gram(self.gram(features), G, U, k, r, starts)
         AT, sizes = self._columns(features), np.diff(starts)
         normed = np.repeat(k > 0, sizes)
