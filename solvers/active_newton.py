@@ -19,14 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numba
 import numpy as np
 from scipy import linalg
 
-# Added to the diagonal, relative to its mean.
-DAMPING = 1e-11
+# Added to the diagonal, relative to its mean; in single precision.
+DAMPING, SINGLE_DAMPING = 1e-11, 1e-6
+# Of conjugate gradients with such a factor of the same matrix: relative residual and most steps.
+EXACT, REFINEMENTS = 1e-4, 4
 
 
 def direction_from_gram(
@@ -48,15 +50,15 @@ def direction_from_gram(
     ndarray of shape (m, c), or None if the Hessian is singular to working precision.
     """
     sizes = np.diff(starts)
-    M = H.copy()
     diagonal = np.repeat(k + r, sizes)
-    M.flat[:: len(M) + 1] += diagonal + DAMPING * (np.trace(H) / len(H) + diagonal)
     if G.shape[1] == 1:
-        _subtract_outer(M, U[:, 0], k, starts)
-        factor, failed = linalg.lapack.dpotrf(M, lower=1, overwrite_a=1, clean=0)
-        if failed:
+        factor = HessianFactor.of(np.arange(len(H)), H, U[:, 0], k, diagonal, starts)
+        if factor is None:
             return None
-        return linalg.lapack.dpotrs(factor, G, lower=1)[0]
+        product = partial(hessian_product, H.__matmul__, U[:, 0], k, diagonal, starts)
+        return factor.refined(product, G)
+    M = H.copy()
+    M.flat[:: len(M) + 1] += diagonal + DAMPING * (np.trace(H) / len(H) + diagonal)
     factor, failed = linalg.lapack.dpotrf(M, lower=1, clean=0)
     if failed:
         return None
@@ -81,6 +83,89 @@ def direction_from_gram(
     return Z + linalg.lapack.dpotrs(factor, U * np.repeat(y, sizes)[:, None], lower=1)[0]
 
 
+def hessian_product(
+    product: Callable[[np.ndarray], np.ndarray],
+    u: np.ndarray,
+    k: np.ndarray,
+    diagonal: np.ndarray,
+    starts: np.ndarray,
+    x: np.ndarray,
+) -> np.ndarray:
+    """(H + diag(diagonal) - sum_g k_g u_g u_g^T) x with one output, from the product with H."""
+    inner = np.add.reduceat(u * x, starts[:-1])
+    out: np.ndarray = product(x) + diagonal * x - u * np.repeat(k * inner, np.diff(starts))
+    return out
+
+
+class HessianFactor:
+    """The Cholesky factor of a Hessian with one output, to precondition it or a later one.
+
+    Parameters
+    ----------
+    features : ndarray of int, shape (m,)
+        Increasing.
+    kind : {"s", "d"}
+        Single or double precision.
+    factor : ndarray of shape (m, m)
+        As LAPACK's potrf returns it, upper.
+    """
+
+    def __init__(self, features: np.ndarray, kind: str, factor: np.ndarray):
+        self.features = features
+        self.factor = factor
+        self.potrs = getattr(linalg.lapack, f"{kind}potrs")
+
+    @classmethod
+    def of(
+        cls,
+        features: np.ndarray,
+        H: np.ndarray,
+        u: np.ndarray,
+        k: np.ndarray,
+        diagonal: np.ndarray,
+        starts: np.ndarray,
+    ) -> HessianFactor | None:
+        """Of H + diag(diagonal) - sum_g k_g u_g u_g^T, in single precision unless that fails."""
+        damping = np.trace(H) / len(H) + diagonal
+        for kind, dtype, share in (("s", np.float32, SINGLE_DAMPING), ("d", np.float64, DAMPING)):
+            # As BLAS orders it, the transpose: the same.
+            M: Any = H.astype(dtype).T
+            M.flat[:: len(M) + 1] += (diagonal + share * damping).astype(dtype)
+            _subtract_outer(M, u, k, starts)
+            potrf = getattr(linalg.lapack, f"{kind}potrf")
+            factor, failed = potrf(M, overwrite_a=1, clean=0)
+            if not failed:
+                return cls(features, kind, factor)
+        return None
+
+    def solve(self, x: np.ndarray) -> np.ndarray:
+        """The inverse times x."""
+        out: np.ndarray = self.potrs(self.factor, x.astype(self.factor.dtype))[0]
+        return out.astype(np.float64)
+
+    def refined(self, product: Callable[[np.ndarray], np.ndarray], G: np.ndarray) -> np.ndarray:
+        """The inverse of the same matrix in double precision, given by its product, times G."""
+        x, _ = conjugate_gradients(product, self.solve, G[:, 0], EXACT, REFINEMENTS)
+        return x[:, None]
+
+    def restricted(
+        self, features: np.ndarray, diagonal: np.ndarray
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """The inverse on other features, with 1/diagonal for those that are not here."""
+        place = np.searchsorted(self.features, features)
+        here = self.features[np.minimum(place, len(self.features) - 1)] == features
+        place = place[here]
+
+        def apply(x: np.ndarray) -> np.ndarray:
+            everything = np.zeros(len(self.features))
+            everything[place] = x[here]
+            out = x / diagonal
+            out[here] = self.solve(everything)[place]
+            return out
+
+        return apply
+
+
 class ColumnsOfGroups(Protocol):
     """Columns A (n, m) of groups, as products."""
 
@@ -96,7 +181,7 @@ class ColumnsOfGroups(Protocol):
         """A^T v, (m,)."""
         ...
 
-    def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
+    def outer(self, weights: np.ndarray, dtype: Any) -> np.ndarray:
         """sum_g weights_g A_g A_g^T, (n, n), of which the lower triangle counts."""
         ...
 
@@ -123,7 +208,7 @@ class DenseColumnsOfGroups:
         """A^T v, (m,)."""
         return self.AT @ v
 
-    def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
+    def outer(self, weights: np.ndarray, dtype: Any) -> np.ndarray:
         """sum_g weights_g A_g A_g^T, (n, n), of which the lower triangle counts."""
         roots = np.repeat(np.sqrt(weights), np.diff(self.starts))[:, None]
         scaled = np.multiply(self.AT, roots, dtype=dtype, casting="same_kind")
@@ -209,8 +294,8 @@ def conjugate_gradients(
     b: np.ndarray,
     tol: float,
     max_iter: int,
-) -> np.ndarray:
-    """x with A x = b to a residual of tol, in the norm of the preconditioner, from 0."""
+) -> tuple[np.ndarray, bool]:
+    """x with A x = b to a residual of tol, in the norm of the preconditioner, and whether it is."""
     x = np.zeros_like(b)
     r = b.copy()
     z = precondition(r)
@@ -218,18 +303,18 @@ def conjugate_gradients(
     rz = first = float(np.vdot(r, z))
     for _ in range(max_iter):
         if not rz > tol**2 * first:
-            break
+            return x, True
         Ap = product(p)
         curvature = float(np.vdot(p, Ap))
         if not curvature > 0:
-            break
+            return x, False
         step = rz / curvature
         x += step * p
         r -= step * Ap
         z = precondition(r)
         before, rz = rz, float(np.vdot(r, z))
         p = z + (rz / before) * p
-    return x
+    return x, not rz > tol**2 * first
 
 
 def step_length(

@@ -5,26 +5,26 @@ rotated by Q_j. A sweep needs of them
 
     A_j^T U = Q_j^T X^T (D[:, j] * sqrt(h) * U)        (sqrt(h)^T U = 0 where columns are centred)
 
-and then U - A_j Delta, for which X is read once each, from cache where it fits. Newton's step forms
-some of the columns, or some of the rows, at a time.
+and then U - A_j Delta, for which X is read once each, from cache where it fits. Newton's step takes
+inner products of columns, or of examples, of which neither needs the columns.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numba
 import numpy as np
 
 from cvxdistill.solvers.active_newton import direction_from_columns, direction_from_gram
 from cvxdistill.solvers.block_descent import update_block
+from cvxdistill.solvers.gated_gram import gated_gram
 from cvxdistill.solvers.gated_operator import GatedOperator, as_weights
 from cvxdistill.solvers.group_penalties import Penalties, smooth_part
 from cvxdistill.solvers.naive_descent import ResidualDescent
+from cvxdistill.solvers.rotations import Rotations
 from cvxdistill.solvers.rows import row_blocks
-
-# Columns that Newton's step forms at a time.
-COLUMNS = 1024
 
 
 class GatedColumnsOfGroups:
@@ -78,7 +78,7 @@ class GatedColumnsOfGroups:
         C = np.matmul(self.Q.transpose(0, 2, 1), C)
         return C.reshape(len(self.Q) * self.d, *v.shape[1:])
 
-    def outer(self, weights: np.ndarray, dtype: type) -> np.ndarray:
+    def outer(self, weights: np.ndarray, dtype: Any) -> np.ndarray:
         """sum_g weights_g A_g A_g^T, (n, n), of which the lower triangle counts.
 
         Rotations do not matter, and a sum over gates of the examples' inner products is such a
@@ -90,7 +90,7 @@ class GatedColumnsOfGroups:
         weighted, w = D * weights.astype(dtype), weights
         # Of centred columns: (diag(D_g) X - 1 m_g^T) (diag(D_g) X - 1 m_g^T)^T.
         shift = ((self.D * (self.X @ self.means.T)) @ w).astype(dtype)
-        constant = dtype(w @ np.einsum("gd,gd->g", self.means, self.means))
+        constant = float(w @ np.einsum("gd,gd->g", self.means, self.means))
         N = np.empty((self.n, self.n), dtype=dtype)
         for rows in row_blocks(self.n, self.n, dtype):
             past = slice(rows.stop)
@@ -105,21 +105,15 @@ class GatedColumnsOfGroups:
 
     def gram(self) -> np.ndarray:
         """A^T A."""
-        m = len(self.Q) * self.d
-        H = np.zeros((m, m))
-        for rows in row_blocks(self.n, m, np.float64):
-            part = self._columns(rows, slice(None))
-            H += part.T @ part
-        return H
+        h, means = self.root**2, self.means.ravel()
+        H = gated_gram(self.X.__getitem__, self.D, h)
+        if means.any():
+            H -= np.outer(h.sum() * means, means)
+        rotations = Rotations([self.Q])
+        return rotations.of_rows(rotations.of_rows(H).T)
 
     def _unrotated(self, x: np.ndarray) -> np.ndarray:
         return np.matmul(self.Q, x.reshape(len(self.Q), self.d, x.shape[1]))
-
-    def _columns(self, rows: slice, gates: slice) -> np.ndarray:
-        A = self.X[rows, None, :] * self.D[rows, gates, None] - self.means[gates]
-        A *= self.root[rows, None, None]
-        A = np.matmul(A.transpose(1, 0, 2), self.Q[gates])
-        return A.transpose(1, 0, 2).reshape(len(A[0]), -1)
 
 
 class GatedDescent(ResidualDescent):

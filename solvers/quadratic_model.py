@@ -20,9 +20,9 @@ from cvxdistill.solvers.feature_columns import GatedColumns
 from cvxdistill.solvers.gated_descent import GatedColumnsOfGroups, GatedDescent
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
 from cvxdistill.solvers.group_penalties import Penalties
+from cvxdistill.solvers.growing_matrix import GrowingMatrix
 from cvxdistill.solvers.naive_descent import NaiveDescent
 from cvxdistill.solvers.rotations import Rotations
-from cvxdistill.solvers.rows import row_blocks
 
 # The largest Gram matrix: 1 GB.
 MOST_COVARIANCE_FEATURES = 11_000
@@ -69,6 +69,11 @@ class QuadraticModel:
         """Whether all blocks are in the model."""
         return len(self.working) == len(self.blocks.norm)
 
+    @property
+    def form_is_covariance(self) -> bool:
+        """Whether the descent keeps a Gram matrix."""
+        return isinstance(self.descent, CovarianceDescent)
+
     def _fill(self, working: np.ndarray, coef: np.ndarray, R: np.ndarray) -> None:
         self.working = np.zeros(0, dtype=np.int64)
         self.features = np.zeros(0, dtype=np.int64)
@@ -79,10 +84,11 @@ class QuadraticModel:
         most = min(n, MOST_COVARIANCE_FEATURES)
         covariance = count <= most if self.form == "auto" else self.form == "covariance"
         R = R.astype(np.float64)
+        self.H = GrowingMatrix()
         if covariance:
             squares = float(np.sum(R * R / self.h[:, None])) / n
             nothing = np.zeros((0, c))
-            self.descent = CovarianceDescent(np.zeros((0, 0)), nothing, nothing, squares, nothing)
+            self.descent = CovarianceDescent(self.H.values, nothing, nothing, squares, nothing)
         else:
             U, nothing = R / self.root[:, None], np.zeros((0, c))
             if self._by_gates():
@@ -137,46 +143,24 @@ class QuadraticModel:
         R: np.ndarray,
     ) -> None:
         problem = self.problem
-        n, m, k = len(R), len(self.features), len(features)
-        cross, own = np.zeros((m, k)), np.zeros((k, k))
-        P, mean = np.zeros((k, R.shape[1])), np.zeros(k)
-        weighted = not (self.h == self.h[0]).all()
-        for rows in row_blocks(n, m + k, np.float64):
-            A = problem.columns.take(features, rows)
-            P += A.T @ R[rows]
-            mean += self.h[rows] @ A
-            if weighted:
-                A *= self.root[rows, None]
-            own += A.T @ A
-            if m:
-                if weighted:
-                    A *= self.root[rows, None]
-                cross += problem.columns.take(self.features, rows).T @ A
-        if not weighted:
-            own *= self.h[0]
-            cross *= self.h[0]
+        n = len(R)
+        cross, own, P, mean = problem.columns.moments(self.features, features, self.h, R)
         if problem.fit_intercept:
             total = self.h.sum()
             own -= np.outer(mean, mean / total)
             cross -= np.outer(self.mean, mean / total)
-        own /= n
-        cross /= n
-        P /= n
+        own, cross, P = own / n, cross / n, P / n
         rotations = Rotations.of(own, sizes)
         own = rotations.of_rows(rotations.of_rows(own).T)
         rotations.clean(own)
         cross = rotations.of_rows(self.rotations.of_rows(cross).T)
-        H = np.empty((m + k, m + k))
-        H[:m, :m] = old.H
-        H[m:, :m] = cross
-        H[:m, m:] = cross.T
-        H[m:, m:] = own
+        self.H.grow(cross.T, own)
         B = rotations.of_rows(coef)
         P = np.vstack([old.shadow, rotations.of_rows(P)])
         B = np.vstack([old.B, B])
         squares = 2 * old.fit()
-        self.descent = CovarianceDescent.at(H, B, P, squares)
-        self.descent.share = old.share
+        self.descent = CovarianceDescent.at(self.H.values, B, P, squares)
+        self.descent.share, self.descent.factor = old.share, old.factor
         self.mean = np.concatenate([self.mean, mean])
         self.rotations = self.rotations.followed_by(rotations)
 

@@ -3,9 +3,10 @@
 At each alpha the working set are the groups of the last solution and those that the sequential
 strong rule keeps,
 
-    ||C_g|| >= rho w_g (2 alpha - alpha_last),    C = X^T R / n at the last solution;
+    ||C_g|| >= rho w_g (2 alpha - alpha_last),    C = X^T R / n at the last solution,
 
-on it a quadratic model of the loss is minimised by ``cvxdistill.solvers.block_descent``, again and
+or, where groups are dear because a Gram matrix grows with them, only those of the last solution. On
+it a quadratic model of the loss is minimised by ``cvxdistill.solvers.block_descent``, again and
 again for losses that are not quadratic (proximal Newton). Then all groups are looked at: those that
 violate their condition ||C_g|| <= alpha rho w_g join, until the duality gap over all groups is
 within the tolerance.
@@ -41,6 +42,8 @@ HUGE = 1e150
 INNER_SHARE = 0.1
 # A quadratic model of another loss keeps its weights until these have changed by such a share.
 STALE = 0.2
+# Products with all columns that another look at all groups counts for.
+LOOKS = 16
 # Rounds without a smaller gap after which rounding is all that is left.
 MOST_IDLE = 20
 # Of Newton's steps for coupled losses: relative residual, and most conjugate gradient steps.
@@ -161,10 +164,30 @@ class WorkingSetDescent:
         problem = self.problem
         if problem.l1_ratio == 0:
             return np.arange(len(problem.block_weights))
-        if self.lengths is None or self.last_alpha is None:
+        if self.lengths is None or self.last_alpha is None or self._gram_grows():
             return np.zeros(0, dtype=int)
         bound = problem.l1_ratio * problem.block_weights * (2 * alpha - self.last_alpha)
         return np.flatnonzero(self.lengths >= bound)
+
+    def _gram_grows(self) -> bool:
+        """Whether groups are dear, because the model's Gram matrix grows with them."""
+        if not self.quadratic or self.form == "naive":
+            return False
+        return self.model is None or (self.model.form_is_covariance and not self.model.whole)
+
+    def _batch(self, violators: np.ndarray) -> np.ndarray:
+        """Of violators, the worst first, as many as join the working set at once.
+
+        Where the Gram matrix grows, those that cost about as much as another look at all groups.
+        """
+        if not self._gram_grows() or len(violators) == 0:
+            return violators[: max(10, len(self.working))]
+        d, c = self.coef.shape
+        past = 0 if self.model is None else len(self.model.features)
+        sizes = np.diff(self.problem.starts)[violators]
+        # past * most + most^2 / 2 = LOOKS d c, in operations for each example.
+        most = np.sqrt(past**2 + 2 * LOOKS * d * c) - past
+        return violators[: max(1, np.searchsorted(np.cumsum(sizes), most))]
 
     def _add(self, blocks: np.ndarray) -> None:
         """Take blocks into the working set, and into the model."""
@@ -209,11 +232,8 @@ class WorkingSetDescent:
                 return objective, gap, sweeps, verdict
             over = lengths > penalties.norm * (1 + 1e-10)
             violators = np.setdiff1d(np.flatnonzero(over), self.working)
-            most = max(10, len(self.working))
-            if len(violators) > most:
-                excess = lengths[violators] / penalties.norm[violators]
-                violators = violators[np.argsort(-excess)[:most]]
-            self._add(violators)
+            excess = lengths[violators] / penalties.norm[violators]
+            self._add(self._batch(violators[np.argsort(-excess)]))
             self.model = self._model()
             if self.quadratic:
                 # Groups outside the working set shrink the dual point too: ask for more each time.
@@ -283,7 +303,8 @@ class WorkingSetDescent:
             return np.vstack([solve(V[:m]), V[m] / scale])
 
         right = np.vstack([G, np.zeros(G.shape[1])])
-        change = conjugate_gradients(product, precondition, right, CG_TOLERANCE, CG_STEPS)[:m]
+        change, _ = conjugate_gradients(product, precondition, right, CG_TOLERANCE, CG_STEPS)
+        change = change[:m]
         proposed = self.coef.copy()
         proposed[features] += change
         self._go_towards(proposed, penalties, self._objective(penalties))
