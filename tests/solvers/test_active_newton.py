@@ -1,5 +1,7 @@
 """Newton's directions against dense solutions with the Hessian as it is written down."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ def hessian(H, U, k, r, starts):
     """On the vectorised coefficients (m c,)."""
     m, c = U.shape
     out = np.kron(H, np.eye(c))
-    for g, (a, e) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for g, (a, e) in enumerate(pairwise(starts)):
         u = np.zeros((m, c))
         u[a:e] = U[a:e]
         diagonal = np.zeros((m, c))
@@ -34,7 +36,7 @@ def programme(seed, n, c, sizes=(1, 3, 4, 2)):
     m = starts[-1]
     AT = rng.standard_normal((m, n))
     U = rng.standard_normal((m, c))
-    for a, e in zip(starts[:-1], starts[1:], strict=True):
+    for a, e in pairwise(starts):
         U[a:e] /= np.linalg.norm(U[a:e])
     k, r = rng.uniform(0.1, 2, len(sizes)), rng.uniform(0.01, 0.1, len(sizes))
     k[-1] = 0
@@ -72,7 +74,8 @@ def test_what_fails_in_single_precision_is_factorised_in_double():
     assert factor.factor.dtype == np.float64
     x = rng.standard_normal(400)
     solved = factor.refined(lambda v: H @ v + diagonal * v, x[:, None])[:, 0]
-    np.testing.assert_allclose(H @ solved + diagonal * solved, x, atol=1e-2)
+    left = x - H @ solved - diagonal * solved
+    assert np.linalg.norm(left) <= 0.03 * np.linalg.norm(x)
 
 
 def test_an_indefinite_matrix_has_no_factor():
