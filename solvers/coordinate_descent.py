@@ -30,7 +30,7 @@ class BlockCoordinateDescent:
         Seconds for each alpha.
     form : {"auto", "covariance", "naive"}
         What the quadratic programmes keep up to date; by default covariance for up to as many
-        features as examples.
+        features as examples (a quarter, if there are more in all).
     verbose : int, default=0
         1 shows a progress bar over a path.
     """

@@ -43,7 +43,8 @@ class QuadraticModel:
     R : ndarray of shape (n, c)
         Residual there.
     form : {"auto", "covariance", "naive"}
-        By default covariance for up to as many features as examples.
+        By default covariance for up to as many features as examples, or a quarter of that if there
+        are more in all.
     """
 
     descent: BlockDescent
@@ -81,8 +82,9 @@ class QuadraticModel:
         self.rotations = Rotations([])
         n, c = R.shape
         count = len(self.blocks.features(working))
-        most = min(n, MOST_COVARIANCE_FEATURES)
-        covariance = count <= most if self.form == "auto" else self.form == "covariance"
+        covariance = (
+            count <= self._most_features() if self.form == "auto" else self.form == "covariance"
+        )
         R = R.astype(np.float64)
         self.H = GrowingMatrix()
         if covariance:
@@ -104,6 +106,11 @@ class QuadraticModel:
                 self.descent = NaiveDescent(self.buffer, nothing, np.zeros(0), U)
         self.extend(working, coef, R)
 
+    def _most_features(self) -> int:
+        """Features up to which the covariance form pays; fewer, where it would have to be left."""
+        n, d = self.problem.columns.shape
+        return min(n if d <= n else n // 4, MOST_COVARIANCE_FEATURES)
+
     def _by_gates(self) -> bool:
         """Whether the blocks are the gates of an operator."""
         columns, problem = self.problem.columns, self.problem
@@ -118,8 +125,12 @@ class QuadraticModel:
         working = np.concatenate([self.working, new])
         size = len(self.features) + len(self.blocks.features(new))
         covariance = isinstance(self.descent, CovarianceDescent)
-        most = min(len(R), MOST_COVARIANCE_FEATURES)
-        if covariance and self.form == "auto" and len(self.working) and size > most:
+        if (
+            covariance
+            and self.form == "auto"
+            and len(self.working)
+            and size > self._most_features()
+        ):
             self._fill(working, coef, R)
             return
         features = self.problem.order[self.blocks.features(new)]
