@@ -34,9 +34,9 @@ class GroupElasticNetProblem:
     Parameters
     ----------
     X : array of shape (n, d), or GatedOperator
-        float32 or float64. A gated operator stands for its p d gated features, of which only those
-        of the groups at work are ever formed, and those only by some steps of Newton's method:
-        feature i of gate j is number j d + i.
+        float32 or float64. A gated operator stands for its p d gated features: feature i of gate j
+        is number j d + i. With whole gates as groups none is formed, but by steps of Newton's
+        method for the multinomial and the Huber loss, and those only of the groups at work.
     Y : array of shape (n,) or (n, c)
     groups : int, array of int of shape (d,), or sequence of sequences of int, optional
         A size (consecutive features in groups of it), a label for each feature, or the features of
