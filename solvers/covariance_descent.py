@@ -26,7 +26,7 @@ TILE = 48
 MEMORY_COST, CACHE_BYTES = 20.0, 2**24
 # Of conjugate gradients with the factor of an earlier Hessian: relative residual, most steps, and
 # about how many it takes.
-STALE_TOLERANCE, STALE_STEPS, USUAL_STEPS = 0.05, 30, 10
+STALE_TOLERANCE, STALE_STEPS, USUAL_STEPS = 0.2, 30, 10
 
 
 class CovarianceDescent(BlockDescent):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MOST_GRAM_FEATURES = 2000
 # An alpha at which all penalised coefficients are 0.
 HUGE = 1e150
-# Share of the gap at which the quadratic model of another loss is left.
+# Share of the gap at which a quadratic model is left that will change: of another loss, or to grow.
 INNER_SHARE = 0.1
 # A quadratic model of another loss keeps its weights until these have changed by such a share.
 STALE = 0.2
@@ -235,7 +235,7 @@ class WorkingSetDescent:
             excess = lengths[violators] / penalties.norm[violators]
             self._add(self._batch(violators[np.argsort(-excess)]))
             self.model = self._model()
-            if self.quadratic:
+            if self.quadratic and not (len(violators) and self._gram_grows()):
                 # Groups outside the working set shrink the dual point too: ask for more each time.
                 target = min(0.5 * target, 0.5 * enough)
             else:
