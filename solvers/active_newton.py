@@ -152,6 +152,7 @@ class HessianFactor:
         self, features: np.ndarray, diagonal: np.ndarray
     ) -> Callable[[np.ndarray], np.ndarray]:
         """The inverse on other features, with 1/diagonal for those that are not here."""
+        diagonal = diagonal + DAMPING * diagonal.mean()
         place = np.searchsorted(self.features, features)
         here = self.features[np.minimum(place, len(self.features) - 1)] == features
         place = place[here]

@@ -142,3 +142,10 @@ def test_the_factor_of_an_earlier_hessian_serves_a_later_one(more, monkeypatch):
     fresh = CovarianceDescent(H, descent.q, descent.B, 1.0)
     exact = fresh.newton_direction(features, local, P)
     assert np.linalg.norm(change - exact) <= 1e-3 * np.linalg.norm(exact)
+
+
+def test_a_feature_without_curvature_that_is_new_to_a_factor_stays_finite():
+    H, zeros = np.eye(2), np.zeros(2)
+    factor = HessianFactor.of(np.arange(2), H, zeros, zeros, zeros, np.arange(3))
+    solve = factor.restricted(np.arange(3), np.array([1.0, 1.0, 0.0]))
+    np.testing.assert_allclose(solve(np.array([1.0, 2.0, 0.0])), [1, 2, 0], rtol=1e-5)
