@@ -72,15 +72,15 @@ class AverageLoss:
 
     def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray) -> float:
         """L(Z) + L*(-theta / n) + <Z, theta> / n, which is never negative but for rounding."""
-        return self._mean(self.loss.fenchel_gap(Z, self._unweighted(theta), self.Y))
+        return self._mean(self.loss.fenchel_gap(Z, self.unweighted(theta), self.Y))
 
     def dual_value(self, theta: np.ndarray) -> float:
         """-L*(-theta / n); minus infinity outside the domain of the conjugate."""
-        return -self._mean(self.loss.conjugate(self._unweighted(theta), self.Y))
+        return -self._mean(self.loss.conjugate(self.unweighted(theta), self.Y))
 
     def hessian(self, R: np.ndarray) -> np.ndarray:
         """n times the Hessian of L where the residual is R: (n, c) diagonal or (n, c, c)."""
-        H = self.loss.hessian(self._unweighted(R), self.Y)
+        H = self.loss.hessian(self.unweighted(R), self.Y)
         if self.weights is None:
             return H
         return H * self.weights.reshape(-1, *(1,) * (H.ndim - 1)).astype(H.dtype)
@@ -94,17 +94,17 @@ class AverageLoss:
         """n times the Hessian of L where the residual is R, times V (n, c)."""
         if not self.is_coupled:
             return self.hessian(R) * V
-        product = self.loss.hessian_product(self._unweighted(R), self.Y, V)  # type: ignore[attr-defined]
+        product = self.loss.hessian_product(self.unweighted(R), self.Y, V)  # type: ignore[attr-defined]
         return product if self.weights is None else product * self.weights[:, None]
 
     def hessian_bound(self, R: np.ndarray) -> np.ndarray:
         """n times a bound (n,) of the eigenvalues of each example's Hessian; of a coupled loss."""
-        bound = self.loss.hessian_bound(self._unweighted(R), self.Y)  # type: ignore[attr-defined]
+        bound = self.loss.hessian_bound(self.unweighted(R), self.Y)  # type: ignore[attr-defined]
         return bound if self.weights is None else bound * self.weights
 
     def mean_hessian(self, R: np.ndarray) -> np.ndarray:
         """Mean over examples of ``hessian``, (c,) or (c, c), in float64, a block at a time."""
-        R = self._unweighted(R)
+        R = self.unweighted(R)
         total: Any = 0.0
         for rows in row_blocks(self.n, self.c**2, R.dtype):
             H = self.loss.hessian(R[rows], self.Y[rows])
@@ -138,7 +138,8 @@ class AverageLoss:
             return float(np.mean(values, dtype=np.float64))
         return float(self.weights @ values) / self.n
 
-    def _unweighted(self, theta: np.ndarray) -> np.ndarray:
+    def unweighted(self, theta: np.ndarray) -> np.ndarray:
+        """theta in the units of a loss without weights: divided by those of the examples."""
         if self.weights is None:
             return theta
         return theta / self.weights[:, None].astype(theta.dtype)

@@ -183,7 +183,10 @@ class GroupElasticNetProblem:
         return float(np.maximum(gap, 0.0))
 
     def _orthogonal(self, F: np.ndarray, R: np.ndarray) -> np.ndarray:
-        """R moved, in the metric of the inverse Hessian, until X_u^T R = 0 for unpenalised u."""
+        """R moved, in the metric of the inverse Hessian, until X_u^T R = 0 for unpenalised u.
+
+        And shrunk into the domain of the loss's conjugate, if that is bounded alike for all.
+        """
         if len(self.penalised) == len(self.block_weights):
             return R
         h = row_weights(self.loss, F, R)
@@ -192,7 +195,14 @@ class GroupElasticNetProblem:
             U = np.hstack([np.ones((len(U), 1)), U])
         weighted = h[:, None] * U
         move = np.linalg.lstsq(U.T @ weighted, U.T @ R.astype(np.float64), rcond=None)[0]
-        return (R - weighted @ move).astype(R.dtype)
+        theta: np.ndarray = (R - weighted @ move).astype(R.dtype)
+        if isinstance(self.loss.loss, HuberLoss):
+            # Huber's conjugate ends at its threshold, where outliers are; shrinking keeps the rest.
+            delta = self.loss.loss.delta
+            theta *= np.asarray(
+                delta / max(delta, np.abs(self.loss.unweighted(theta)).max()), R.dtype
+            )
+        return theta
 
     def coefficients(self, coef: Any) -> np.ndarray:
         """Coefficients (d, c), or (d,) for one output, as finite float64 of shape (d, c).

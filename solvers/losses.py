@@ -132,11 +132,15 @@ class HuberLoss:
         return np.where(inside, np.einsum("nc,nc->n", theta, theta / 2 - Y), np.inf)
 
     def fenchel_gap(self, Z: np.ndarray, theta: np.ndarray, Y: np.ndarray) -> np.ndarray:
-        """Return sum_k (psi - theta)((psi - theta)/2 + u - psi), u = y - z, psi = u clipped."""
+        """Return sum_k (psi - theta)((psi - theta)/2 + u - psi), u = y - z, psi = u clipped.
+
+        Infinity where some |theta_k| > delta.
+        """
         U = Y - Z
         psi = self._clip(U)
         change = psi - theta
-        return np.einsum("nc,nc->n", change, change / 2 + (U - psi))
+        inside = (np.abs(theta) <= self.delta * (1 + _slack(theta))).all(axis=1)
+        return np.where(inside, np.einsum("nc,nc->n", change, change / 2 + (U - psi)), np.inf)
 
     def _clip(self, U: np.ndarray) -> np.ndarray:
         return np.clip(U, -self.delta, self.delta)

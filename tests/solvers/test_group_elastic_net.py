@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cvxdistill.solvers import (
@@ -151,6 +151,7 @@ def test_a_gated_operator_gives_the_c_grelu_programme(form, loss, fit_intercept)
 
 
 @given(seed=st.integers(0, 2**32 - 1), loss=st.sampled_from(sorted(GROUP_LOSSES)))
+@example(seed=167810726, loss="huber")
 @settings(max_examples=25, deadline=None)
 def test_both_forms_agree_along_a_path_and_are_certified(seed, loss):
     problem, _, _ = random_problem(seed, loss)
