@@ -97,23 +97,54 @@ def hessian_product(
     return out
 
 
+class Cholesky:
+    """The factor of a positive definite matrix (m, m).
+
+    Parameters
+    ----------
+    factor : ndarray of shape (m, m)
+        As LAPACK's potrf returns it, upper.
+    potrs : callable
+        LAPACK's, for its precision.
+    """
+
+    def __init__(self, factor: np.ndarray, potrs: Callable):
+        self.factor = factor
+        self.potrs = potrs
+
+    @classmethod
+    def of(cls, make: Callable[[Any, float], np.ndarray]) -> Cholesky | None:
+        """In single precision, or in double where that fails; None if that does too.
+
+        ``make`` returns the matrix of a type, damped by a share, in the order of Fortran: it is
+        written over, and only its upper triangle counts.
+        """
+        for kind, dtype, share in (("s", np.float32, SINGLE_DAMPING), ("d", np.float64, DAMPING)):
+            potrf, potrs = (getattr(linalg.lapack, f"{kind}{name}") for name in ("potrf", "potrs"))
+            factor, failed = potrf(make(dtype, share), overwrite_a=1, clean=0)
+            if not failed:
+                return cls(factor, potrs)
+        return None
+
+    def solve(self, b: np.ndarray) -> np.ndarray:
+        """The inverse times b, (m,) or (m, k), in float64."""
+        x: np.ndarray = self.potrs(self.factor, b.astype(self.factor.dtype))[0]
+        return x.astype(np.float64)
+
+
 class HessianFactor:
-    """The Cholesky factor of a Hessian with one output, to precondition it or a later one.
+    """The factor of a Hessian with one output, to precondition it or a later one.
 
     Parameters
     ----------
     features : ndarray of int, shape (m,)
         Increasing.
-    kind : {"s", "d"}
-        Single or double precision.
-    factor : ndarray of shape (m, m)
-        As LAPACK's potrf returns it, upper.
+    cholesky : Cholesky
     """
 
-    def __init__(self, features: np.ndarray, kind: str, factor: np.ndarray):
+    def __init__(self, features: np.ndarray, cholesky: Cholesky):
         self.features = features
-        self.factor = factor
-        self.potrs = getattr(linalg.lapack, f"{kind}potrs")
+        self.solve = cholesky.solve
 
     @classmethod
     def of(
@@ -125,23 +156,17 @@ class HessianFactor:
         diagonal: np.ndarray,
         starts: np.ndarray,
     ) -> HessianFactor | None:
-        """Of H + diag(diagonal) - sum_g k_g u_g u_g^T, in single precision unless that fails."""
-        damping = np.trace(H) / len(H) + diagonal
-        for kind, dtype, share in (("s", np.float32, SINGLE_DAMPING), ("d", np.float64, DAMPING)):
+        """Of H + diag(diagonal) - sum_g k_g u_g u_g^T."""
+
+        def make(dtype: Any, share: float) -> np.ndarray:
             # As BLAS orders it, the transpose: the same.
             M: Any = H.astype(dtype).T
-            M.flat[:: len(M) + 1] += (diagonal + share * damping).astype(dtype)
+            M.flat[:: len(M) + 1] += diagonal + share * (np.trace(H) / len(H) + diagonal)
             _subtract_outer(M, u, k, starts)
-            potrf = getattr(linalg.lapack, f"{kind}potrf")
-            factor, failed = potrf(M, overwrite_a=1, clean=0)
-            if not failed:
-                return cls(features, kind, factor)
-        return None
+            return M
 
-    def solve(self, x: np.ndarray) -> np.ndarray:
-        """The inverse times x."""
-        out: np.ndarray = self.potrs(self.factor, x.astype(self.factor.dtype))[0]
-        return out.astype(np.float64)
+        cholesky = Cholesky.of(make)
+        return None if cholesky is None else cls(features, cholesky)
 
     def refined(self, product: Callable[[np.ndarray], np.ndarray], G: np.ndarray) -> np.ndarray:
         """The inverse of the same matrix in double precision, given by its product, times G."""
@@ -227,30 +252,29 @@ def direction_from_columns(
 ) -> np.ndarray | None:
     """Solve for the direction with one output, from the columns: H = A^T A / n.
 
-    Takes the columns of groups with a norm (k > 0), those of the others as rows (f, n), the
+    Takes the columns of penalised groups (k + r > 0), those of the others as rows (f, n), the
     negative gradient g (m,), and what ``direction_from_gram`` takes.
     """
     n = free.shape[1]
-    sizes = np.diff(starts)
-    normed = np.repeat(k > 0, sizes)
+    sizes, penalised = np.diff(starts), k + r > 0
+    normed = np.repeat(penalised, sizes)
     stiff = np.repeat(k + r, sizes)[normed]
-    u, inner = u[normed], np.concatenate([[0], np.cumsum(sizes[k > 0])])
+    u, inner = u[normed], np.concatenate([[0], np.cumsum(sizes[penalised])])
     first = inner[:-1]
-    # The columns along u_g, and those that are not penalised by their norm.
+    # The columns along u_g, and those that are not penalised.
     along = np.vstack([columns.along(u), free])
-    k, ridge = k[k > 0], r[k > 0]
-    solve = _examples_solver(columns, along[: len(k)], n * (k + ridge))
-    if solve is None:
+    k, ridge = k[penalised], r[penalised]
+    cholesky = _examples_cholesky(columns, along[: len(k)], n * (k + ridge))
+    if cholesky is None:
         return None
     along /= np.sqrt(n)
     pull = np.add.reduceat(u * g[normed], first) if len(first) else np.zeros(0)
     across = (g[normed] - u * np.repeat(pull, np.diff(inner))) / stiff
     e = columns.combine(across) / np.sqrt(n)
-    solved = solve(np.column_stack([along.T, e]))
+    solved = cholesky.solve(np.column_stack([along.T, e]))
     S = along @ solved[:, :-1]
     S.flat[:: len(S) + 1] += DAMPING * np.trace(S) / len(S)
     S[np.arange(len(k)), np.arange(len(k))] += ridge
-    S[np.arange(len(k), len(S)), np.arange(len(k), len(S))] += np.repeat(r, sizes)[~normed]
     ask = np.concatenate([pull, g[~normed]]) - along @ solved[:, -1]
     _, y, failed = linalg.lapack.dposv(S, ask, lower=1)
     if failed:
@@ -264,29 +288,21 @@ def direction_from_columns(
     return delta
 
 
-def _examples_solver(
+def _examples_cholesky(
     columns: ColumnsOfGroups, along: np.ndarray, stiff: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Solver for I + sum_g (A_g A_g^T - along_g along_g^T) / stiff_g.
+) -> Cholesky | None:
+    """Of I + sum_g (A_g A_g^T - along_g along_g^T) / stiff_g; the 1 is all the damping it needs."""
 
-    The factor is in single precision, good enough for a direction, unless that fails.
-    """
-    for kind, dtype in (("s", np.float32), ("d", np.float64)):
+    def make(dtype: Any, _: float) -> np.ndarray:
         # As BLAS orders it, the transpose: the upper triangle counts.
         N = columns.outer(1 / stiff, dtype).T
         part = (along / np.sqrt(stiff)[:, None]).astype(dtype).T
-        syrk = getattr(linalg.blas, f"{kind}syrk")
+        syrk = linalg.blas.get_blas_funcs("syrk", (N,))
         N = syrk(-1, part, beta=1, c=N, overwrite_c=1)
         N.flat[:: len(N) + 1] += 1
-        factor, failed = getattr(linalg.lapack, f"{kind}potrf")(N, overwrite_a=1, clean=0)
-        if not failed:
-            return partial(_solution, getattr(linalg.lapack, f"{kind}potrs"), factor)
-    return None
+        return N
 
-
-def _solution(potrs: Callable, factor: np.ndarray, b: np.ndarray) -> np.ndarray:
-    x: np.ndarray = potrs(factor, b)[0]
-    return x
+    return Cholesky.of(make)
 
 
 def conjugate_gradients(
@@ -303,7 +319,7 @@ def conjugate_gradients(
     p = z.copy()
     rz = first = float(np.vdot(r, z))
     for _ in range(max_iter):
-        if not rz > tol**2 * first:
+        if rz <= tol**2 * first:
             return x, True
         Ap = product(p)
         curvature = float(np.vdot(p, Ap))
@@ -315,7 +331,7 @@ def conjugate_gradients(
         z = precondition(r)
         before, rz = rz, float(np.vdot(r, z))
         p = z + (rz / before) * p
-    return x, not rz > tol**2 * first
+    return x, rz <= tol**2 * first
 
 
 def step_length(

@@ -17,11 +17,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from cvxdistill.solvers.active_newton import direction_from_columns, direction_from_gram
+from cvxdistill.solvers.active_newton import ColumnsOfGroups
 from cvxdistill.solvers.block_descent import update_block
 from cvxdistill.solvers.gated_gram import gated_gram
 from cvxdistill.solvers.gated_operator import GatedOperator, as_weights
-from cvxdistill.solvers.group_penalties import Penalties, smooth_part
+from cvxdistill.solvers.group_penalties import Penalties
 from cvxdistill.solvers.naive_descent import ResidualDescent
 from cvxdistill.solvers.rotations import Rotations
 from cvxdistill.solvers.rows import row_blocks
@@ -103,6 +103,12 @@ class GatedColumnsOfGroups:
             N[rows, past] = part
         return N
 
+    def formed(self) -> np.ndarray:
+        """A^T itself, (G d, n)."""
+        gates = zip(self.D.T, self.means, self.Q, strict=True)
+        parts = [Q.T @ ((self.X * D[:, None] - m) * self.root[:, None]).T for D, m, Q in gates]
+        return np.concatenate([np.zeros((0, self.n)), *parts])
+
     def gram(self) -> np.ndarray:
         """A^T A."""
         h, means = self.root**2, self.means.ravel()
@@ -163,17 +169,12 @@ class GatedDescent(ResidualDescent):
             only_active,
         )
 
-    def newton_direction(
-        self, features: np.ndarray, penalties: Penalties, P: np.ndarray
-    ) -> np.ndarray | None:
-        """From the columns, or their piece of H where that is smaller."""
-        G, U, k = smooth_part(P, self.B[features], penalties)
-        r, starts = penalties.ridge, penalties.starts
-        if not self.by_examples(len(features), len(k)):
-            return direction_from_gram(self.gram(features), G, U, k, r, starts)
-        columns, nothing = self._some(features), np.zeros((0, len(self.shadow)))
-        change = direction_from_columns(columns, nothing, G[:, 0], U[:, 0], k, r, starts)
-        return None if change is None else change[:, None]
+    def columns_of_groups(
+        self, features: np.ndarray, sizes: np.ndarray, penalised: np.ndarray
+    ) -> tuple[ColumnsOfGroups, np.ndarray]:
+        """Those of the penalised, which are not formed, and the others, which are."""
+        mine = np.repeat(penalised, sizes)
+        return self._some(features[mine]), self._some(features[~mine]).formed()
 
     def gram(self, features: np.ndarray) -> np.ndarray:
         """A^T A / n."""

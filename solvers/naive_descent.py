@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numba
 import numpy as np
 
 from cvxdistill.solvers.active_newton import (
+    ColumnsOfGroups,
     DenseColumnsOfGroups,
     direction_from_columns,
     direction_from_gram,
@@ -75,6 +78,24 @@ class ResidualDescent(BlockDescent):
             return np.inf
         return self.outer_work(active, groups) + n**3 / 3 + 2 * n * groups * (n + groups)
 
+    @abstractmethod
+    def columns_of_groups(
+        self, features: np.ndarray, sizes: np.ndarray, penalised: np.ndarray
+    ) -> tuple[ColumnsOfGroups, np.ndarray]:
+        """Columns of the penalised ones of groups of these sizes, and of the others as rows."""
+
+    def newton_direction(
+        self, features: np.ndarray, penalties: Penalties, P: np.ndarray
+    ) -> np.ndarray | None:
+        """From the piece of H of these features, or by a matrix of the examples."""
+        G, U, k = smooth_part(P, self.B[features], penalties)
+        r, starts = penalties.ridge, penalties.starts
+        if not self.by_examples(len(features), len(k)):
+            return direction_from_gram(self.gram(features), G, U, k, r, starts)
+        columns, free = self.columns_of_groups(features, np.diff(starts), k + r > 0)
+        change = direction_from_columns(columns, free, G[:, 0], U[:, 0], k, r, starts)
+        return None if change is None else change[:, None]
+
     def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
         """||A change||^2 / n."""
         return float(np.vdot(image, image)) / len(image)
@@ -119,20 +140,13 @@ class NaiveDescent(ResidualDescent):
             only_active,
         )
 
-    def newton_direction(
-        self, features: np.ndarray, penalties: Penalties, P: np.ndarray
-    ) -> np.ndarray | None:
-        """From the columns, or their piece of H where that is smaller."""
-        G, U, k = smooth_part(P, self.B[features], penalties)
-        r, starts = penalties.ridge, penalties.starts
-        if not self.by_examples(len(features), len(k)):
-            return direction_from_gram(self.gram(features), G, U, k, r, starts)
-        AT, sizes = self._columns(features), np.diff(starts)
-        normed = np.repeat(k > 0, sizes)
-        with_norm, free = (AT, AT[:0]) if normed.all() else (AT[normed], AT[~normed])
-        columns = DenseColumnsOfGroups(with_norm, sizes[k > 0])
-        change = direction_from_columns(columns, free, G[:, 0], U[:, 0], k, r, starts)
-        return None if change is None else change[:, None]
+    def columns_of_groups(
+        self, features: np.ndarray, sizes: np.ndarray, penalised: np.ndarray
+    ) -> tuple[ColumnsOfGroups, np.ndarray]:
+        """Those of the penalised, and the others."""
+        AT, mine = self._columns(features), np.repeat(penalised, sizes)
+        with_penalty, free = (AT, AT[:0]) if mine.all() else (AT[mine], AT[~mine])
+        return DenseColumnsOfGroups(with_penalty, sizes[penalised]), free
 
     def gram(self, features: np.ndarray) -> np.ndarray:
         """A^T A / n."""

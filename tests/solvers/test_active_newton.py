@@ -31,7 +31,10 @@ def hessian(H, U, k, r, starts):
 
 
 def programme(seed, n, c, sizes=(1, 3, 4, 2)):
-    """Columns as rows, and what else a direction takes; the last group has no norm."""
+    """Columns as rows, and what else a direction takes.
+
+    The last group is not penalised, the second only by its ridge.
+    """
     rng = np.random.default_rng(seed)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     m = starts[-1]
@@ -40,7 +43,7 @@ def programme(seed, n, c, sizes=(1, 3, 4, 2)):
     for a, e in pairwise(starts):
         U[a:e] /= np.linalg.norm(U[a:e])
     k, r = rng.uniform(0.1, 2, len(sizes)), rng.uniform(0.01, 0.1, len(sizes))
-    k[-1] = 0
+    k[[1, -1]] = r[-1] = 0
     return AT, U, k, r, starts, rng.standard_normal((m, c))
 
 
@@ -72,7 +75,7 @@ def test_what_fails_in_single_precision_is_factorised_in_double():
     diagonal, starts = np.full(400, 1e-4), np.arange(401)
     H = V @ V.T
     factor = HessianFactor.of(np.arange(400), H, np.ones(400), np.zeros(400), diagonal, starts)
-    assert factor.factor.dtype == np.float64
+    assert factor.solve.__self__.factor.dtype == np.float64
     x = rng.standard_normal(400)
     solved = factor.refined(lambda v: H @ v + diagonal * v, x[:, None])[:, 0]
     left = x - H @ solved - diagonal * solved

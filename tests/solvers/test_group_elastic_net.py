@@ -327,6 +327,36 @@ def test_gated_columns_that_are_never_formed_give_the_path_of_those_that_are(
         np.testing.assert_allclose(glm.coefs, dense.coefs, atol=1e-3)
 
 
+@FORMS
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize("l1_ratio, free", [(0.0, False), (0.0, True), (0.5, True), (1.0, True)])
+def test_gates_without_penalty_or_with_a_ridge_alone(form, fit_intercept, l1_ratio, free):
+    """More gated features than examples; a matrix of them as the other way, and least squares."""
+    rng = np.random.default_rng(0)
+    n, d, p, alpha = 40, 8, 8, 1e-3
+    X, Y = rng.standard_normal((n, d)), rng.standard_normal((n, 1))
+    D = X @ rng.standard_normal((d, p)) >= 0
+    A = (D[:, :, None] * X[:, None, :]).reshape(n, -1)
+    weights = np.ones(p)
+    if free:
+        weights[-1] = 0
+    options = {"group_weights": weights, "l1_ratio": l1_ratio, "fit_intercept": fit_intercept}
+    solver = BlockCoordinateDescent(tol=1e-8, form=form)
+    solution = solver.solve(GroupElasticNetProblem(GatedOperator(X, D), Y, d, **options), alpha)
+    assert solution.converged
+    dense = solver.solve(GroupElasticNetProblem(A, Y, d, **options), alpha)
+    assert solution.objective == pytest.approx(dense.objective, rel=1e-7)
+    if l1_ratio == 0:
+        ones = np.ones((n, int(fit_intercept)))
+        root = np.sqrt(n * alpha * np.repeat(weights, d))
+        left = np.vstack(
+            [np.hstack([A, ones]), np.eye(p * d, p * d + fit_intercept) * root[:, None]]
+        )
+        right = np.concatenate([Y[:, 0], np.zeros(p * d)])
+        residual = right - left @ np.linalg.lstsq(left, right)[0]
+        assert solution.objective == pytest.approx(residual @ residual / (2 * n), rel=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_huber_with_large_targets_and_nearly_separable_classes_converge(dtype):
     rng = np.random.default_rng(0)

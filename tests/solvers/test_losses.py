@@ -219,6 +219,17 @@ def test_conjugates_are_finite_up_to_the_edges_of_their_domains():
     )
 
 
+@ANY_LOSS
+@FEW
+@SEED
+def test_outside_the_domain_of_the_conjugate_the_fenchel_gap_is_infinite_too(name, seed):
+    loss, Z, _, Y = draw(name, seed)
+    theta = 3 * np.random.default_rng(seed).standard_normal(Z.shape)
+    with np.errstate(invalid="ignore"):
+        gap, conjugate = loss.fenchel_gap(Z, theta, Y), loss.conjugate(theta, Y)
+    np.testing.assert_array_equal(np.isinf(gap), np.isinf(conjugate))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rounding_does_not_push_a_point_over_the_edge(dtype):
     eps = np.finfo(dtype).eps
