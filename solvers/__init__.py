@@ -27,9 +27,13 @@ from cvxdistill.solvers.gate_samplers import (
 )
 from cvxdistill.solvers.gate_violations import violating_gates
 from cvxdistill.solvers.gated_operator import GatedOperator
+from cvxdistill.solvers.gated_statistics import GatedStatistics
 from cvxdistill.solvers.gates import activation_patterns, evaluate_gates
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
 from cvxdistill.solvers.group_solution import GroupPath, GroupSolution
+from cvxdistill.solvers.hidden_statistics import HiddenStatistics
+from cvxdistill.solvers.low_rank import LowRankNewton, LowRankPath, LowRankSolution
+from cvxdistill.solvers.low_rank_problem import LowRankProblem
 from cvxdistill.solvers.network import (
     Neurons,
     hidden_features,
@@ -41,6 +45,7 @@ from cvxdistill.solvers.network import (
 from cvxdistill.solvers.path import Path, alpha_grid, solve_path
 from cvxdistill.solvers.polishing import Polishing, PolishingPoint, polish_neurons
 from cvxdistill.solvers.problem import GatedReLUProblem
+from cvxdistill.solvers.projected_linear import LinearFit, ProjectedRidge
 from cvxdistill.solvers.relu_operator import relu_predictions
 from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.ridge import RidgeNewton, gram_matrix
@@ -58,13 +63,21 @@ __all__ = [
     "GateGeneration",
     "GatedOperator",
     "GatedReLUProblem",
+    "GatedStatistics",
     "GroupElasticNetProblem",
     "GroupPath",
     "GroupSolution",
+    "HiddenStatistics",
+    "LinearFit",
+    "LowRankNewton",
+    "LowRankPath",
+    "LowRankProblem",
+    "LowRankSolution",
     "Neurons",
     "Path",
     "Polishing",
     "PolishingPoint",
+    "ProjectedRidge",
     "ReLUProblem",
     "RidgeNewton",
     "RowSource",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cvxdistill.solvers.gated_operator import GatedOperator, empty_weights
+from cvxdistill.solvers.hidden_statistics import HiddenStatistics
 from cvxdistill.solvers.penalties import PENALTIES
 from cvxdistill.solvers.rows import row_blocks
 
@@ -168,14 +169,16 @@ def leading_neurons(
     for j in np.flatnonzero(V.any(axis=(1, 2))):
         gram, total = np.zeros((c, c)), np.zeros(c)
         for rows in row_blocks(operator.n, c, operator.dtype):
-            T = operator.X[rows][operator.D[rows, j]] @ V[j]
+            T = (operator.X[rows][operator.D[rows, j]] @ V[j]).astype(np.float64)
             gram += T.T @ T
             total += T.sum(axis=0)
         if center:
             gram -= np.outer(total, total) / operator.n
         eigenvalues, q = np.linalg.eigh(gram)
         keep = np.argsort(-eigenvalues)[: min(n_neurons, *V[j].shape)]
-        keep = keep[eigenvalues[keep] > c * np.finfo(V.dtype).eps * eigenvalues[-1]]
+        # Squares of singular values, in float64: what is below rounding is nothing.
+        floor = max((c * np.finfo(V.dtype).eps) ** 2, c * np.finfo(np.float64).eps)
+        keep = keep[eigenvalues[keep] > floor * eigenvalues[-1]]
         q = q[:, keep].astype(V.dtype)
         sizes.append(eigenvalues[keep])
         first.append(V[j] @ q)
@@ -219,20 +222,10 @@ def refit_second_layer(
         With W2 of shape (m, c).
     intercept : ndarray of shape (c,)
     """
-    n, m, c = operator.n, len(neurons), Y.shape[1]
-    gram, cross, total = np.zeros((m, m)), np.zeros((m, c)), np.zeros(m)
-    for rows in row_blocks(n, m, operator.dtype):
+    statistics = HiddenStatistics.empty(len(neurons), Y.shape[1])
+    for rows in row_blocks(operator.n, len(neurons), operator.dtype):
         H = hidden_features(operator, neurons, rows)
-        gram += H.T @ H
-        cross += H.T @ Y[rows]
-        total += H.sum(axis=0, dtype=np.float64)
-    mean, center = total / n, Y.mean(axis=0, dtype=np.float64)
-    gram = gram / n - np.outer(mean, mean)
-    cross = cross / n - np.outer(mean, center)
-    if m:
-        # The floor keeps dead units, whose variance is zero, from making the system singular.
-        gram[np.diag_indices(m)] += ridge * max(np.trace(gram) / m, np.finfo(float).tiny)
-    W2 = np.linalg.solve(gram, cross)
-    intercept = center - mean @ W2
+        statistics += HiddenStatistics.of_rows(H, Y[rows])
+    W2, intercept = statistics.second_layer(ridge)
     refitted = Neurons(neurons.W1, W2.astype(Y.dtype), neurons.gate)
     return refitted, intercept.astype(Y.dtype)
