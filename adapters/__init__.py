@@ -6,9 +6,32 @@ Imports as ``cvxdistill.adapters``. Needs torch and safetensors, which
 
 from cvxdistill.adapters.block_table import BlockInfo, block_table, measure_blocks
 from cvxdistill.adapters.capture import Capture, capture
+from cvxdistill.adapters.following import FollowingMap, find_following
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout, infer_layout
-from cvxdistill.adapters.module_tree import check_swappable, evaluating, get_block, swap_block
-from cvxdistill.adapters.storage import load_student, save_student
+from cvxdistill.adapters.linear_student import (
+    LinearStudent,
+    build_linear_student,
+    input_channels,
+    linear_student_size,
+)
+from cvxdistill.adapters.module_tree import (
+    check_model,
+    check_swappable,
+    evaluating,
+    get_block,
+    swap_block,
+)
+from cvxdistill.adapters.sites import Site, Sites, find_sites
+from cvxdistill.adapters.span_search import find_span
+from cvxdistill.adapters.spans import Span
+from cvxdistill.adapters.storage import (
+    OnlineState,
+    load_online_state,
+    load_student,
+    save_online_state,
+    save_student,
+)
+from cvxdistill.adapters.streaming import BlockTaps, Examples, model_output, token_rows
 from cvxdistill.adapters.student import GatedStudent, build_student, table1_parameters
 from cvxdistill.adapters.student_neurons import (
     StudentNeurons,
@@ -19,24 +42,43 @@ from cvxdistill.adapters.teacher_gates import teacher_gates
 
 __all__ = [
     "BlockInfo",
+    "BlockTaps",
     "Capture",
     "ConvLayout",
     "DenseLayout",
+    "Examples",
+    "FollowingMap",
     "GatedStudent",
+    "LinearStudent",
+    "OnlineState",
+    "Site",
+    "Sites",
+    "Span",
     "StudentNeurons",
     "block_table",
+    "build_linear_student",
     "build_student",
     "capture",
+    "check_model",
     "check_swappable",
     "evaluating",
+    "find_following",
+    "find_sites",
+    "find_span",
     "get_block",
     "infer_layout",
+    "input_channels",
+    "linear_student_size",
+    "load_online_state",
     "load_student",
     "measure_blocks",
+    "model_output",
+    "save_online_state",
     "save_student",
     "stored_size",
     "student_neurons",
     "swap_block",
     "table1_parameters",
     "teacher_gates",
+    "token_rows",
 ]

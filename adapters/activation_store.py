@@ -66,6 +66,18 @@ class ActivationStore:
             for which in range(len(self._chunks)):
                 self._write(which, self._folder)
 
+    def split_rows(self) -> None:
+        """Make axis 1 part of axis 0, in all arrays: examples (T, ...) become T rows each."""
+        length = {shape[0] for shape in self._shapes}
+        assert len(length) == 1
+        self._length *= length.pop()
+        self._shapes = [shape[1:] for shape in self._shapes]
+        # The bytes stay as they lie, also in files.
+        self._chunks = [
+            [chunk.reshape(-1, *shape) for chunk in chunks]
+            for chunks, shape in zip(self._chunks, self._shapes, strict=True)
+        ]
+
     def _write(self, which: int, folder: Path) -> None:
         """Append what is in memory to the file."""
         with open(folder / f"{which}.f32", "ab") as file:

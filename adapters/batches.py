@@ -20,7 +20,9 @@ def check_data(data: Any) -> None:
     Raises
     ------
     TypeError
-        If ``data`` is not iterable, is a single dict or a string, or is a dataset of examples.
+        If ``data`` is not iterable, is a string, or is a dataset of examples.
+    ValueError
+        If it is one dict whose tensors do not agree in the number of examples.
     """
     if isinstance(data, (Tensor, np.ndarray)):
         return
@@ -30,7 +32,8 @@ def check_data(data: Any) -> None:
             "torch.utils.data.DataLoader(data, batch_size=...)."
         )
     if isinstance(data, Mapping):
-        raise TypeError("data is one dict; pass a list of batches, [batch].")
+        count_examples(data)
+        return
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise TypeError(
             "data must be a DataLoader, an iterable of batches, a tensor or an array, got "
@@ -38,10 +41,49 @@ def check_data(data: Any) -> None:
         )
 
 
+def count_examples(data: Any) -> int | None:
+    """How many examples one tensor, array or dict of them holds; None for other data.
+
+    Raises
+    ------
+    ValueError
+        If the tensors of a dict, "labels" aside, do not agree.
+    """
+    if isinstance(data, (Tensor, np.ndarray)):
+        return data.shape[0] if data.ndim else None
+    if not isinstance(data, Mapping):
+        return None
+    counts = {key: len(value) for key, value in data.items() if _is_split(key, value)}
+    if not counts:
+        raise ValueError(f"data is one dict, but none of {list(data)} is a tensor of examples.")
+    if len(set(counts.values())) > 1:
+        held = ", ".join(f"{key!r} {count}" for key, count in counts.items())
+        raise ValueError(
+            "data is one dict, to be split into batches, but its tensors hold different numbers of "
+            f"examples: {held}. Pass a list of batches, [batch]."
+        )
+    return next(iter(counts.values()))
+
+
+def _is_split(key: Any, value: Any) -> bool:
+    return key != "labels" and isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
+
+
+def _split(data: Any, batch_size: int) -> Iterator[Any]:
+    """Cut one tensor, one array or one dict of them into batches."""
+    for start in range(0, count_examples(data) or 0, batch_size):
+        rows = slice(start, start + batch_size)
+        if isinstance(data, Mapping):
+            yield {k: v[rows] if _is_split(k, v) else v for k, v in data.items()}
+        else:
+            yield data[rows]
+
+
 def count_batches(data: Any, batch_size: int) -> int | None:
     """How many batches there will be, or None where nobody knows."""
-    if isinstance(data, (Tensor, np.ndarray)):
-        return -(-data.shape[0] // batch_size) if data.ndim else None
+    examples = count_examples(data)
+    if examples is not None:
+        return -(-examples // batch_size)
     try:
         return len(data)
     except TypeError:
@@ -60,19 +102,25 @@ def iterate_batches(data: Any, model: nn.Module, batch_size: int) -> Iterator[Ba
     TypeError
         If a batch is something else than a tensor, an array, a tuple, a list or a dict.
     """
-    if isinstance(data, (Tensor, np.ndarray)):
-        if data.ndim == 0:
-            raise ValueError("data must have an axis of examples, got a single number.")
-        batches: Iterable[Any] = (
-            data[i : i + batch_size] for i in range(0, data.shape[0], batch_size)
-        )
-    else:
-        batches = data
-    tensors = [*model.parameters(), *model.buffers()]
-    device = tensors[0].device if tensors else None
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+    whole = isinstance(data, (Tensor, np.ndarray, Mapping))
+    if whole and not isinstance(data, Mapping) and data.ndim == 0:
+        raise ValueError("data must have an axis of examples, got a single number.")
+    batches: Iterable[Any] = _split(data, batch_size) if whole else data
+    device, dtype = where_tensors_go(model)
     for number, batch in enumerate(batches):
         yield to_batch(batch, device, dtype, number)
+
+
+def where_tensors_go(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and the floating dtype of the model's tensors; None where it has none."""
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else None
+    return device, next((t.dtype for t in tensors if t.is_floating_point()), None)
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """Call the model with a batch: ``model(**batch)`` for a dict."""
+    return model(**batch) if isinstance(batch, dict) else model(batch)
 
 
 def to_batch(

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cvxdistill.adapters.batches import to_batch
+from cvxdistill.adapters.batches import run_model, to_batch, where_tensors_go
+from cvxdistill.adapters.call_structure import Structure, main_input
 from cvxdistill.adapters.layout import Shape
 from cvxdistill.adapters.module_tree import check_model, evaluating
+from cvxdistill.adapters.teacher_gates import is_transposed_linear
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class BlockInfo:
     type : str
         Its class.
     input_shape, output_shape : tuple of int or None
-        Of one example, in the first call; None if it is not exactly one tensor.
+        Of one example, in the first call; None if there is not one tensor that a student would take
+        or give (see ``call_structure.py``).
     parameters : int
         Numbers in its parameters, children included.
     share : float
@@ -46,11 +49,22 @@ class BlockInfo:
     calls: int
 
 
-def _example_shape(values: list[Any]) -> Shape | None:
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if len(tensors) != 1 or tensors[0].ndim == 0:
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shape | None:
+    try:
+        return _example_shape(main_input(args, kwargs))
+    except ValueError:
         return None
-    return tuple(tensors[0].shape[1:])
+
+
+def _output_shape(output: Any) -> Shape | None:
+    try:
+        return _example_shape(Structure.split(output)[0])
+    except ValueError:
+        return None
+
+
+def _example_shape(tensor: Tensor) -> Shape | None:
+    return tuple(tensor.shape[1:]) if tensor.ndim else None
 
 
 def _multiply_adds(
@@ -65,6 +79,8 @@ def _multiply_adds(
         return output.numel() * per_pixel
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
+    if is_transposed_linear(module):
+        return output.numel() * module.get_parameter("weight").shape[0]
     if isinstance(module, nn.Bilinear):
         return output.numel() * module.in1_features * (module.in2_features + 1)
     if isinstance(module, nn.MultiheadAttention):
@@ -94,7 +110,7 @@ class _Meter:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Kept now, because a module may reshape its input in place.
-        self._running.append((id(module), _example_shape([*args, *kwargs.values()])))
+        self._running.append((id(module), _input_shape(args, kwargs)))
 
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -104,7 +120,7 @@ class _Meter:
             self.multiply_adds[key] += cost
         key, input_shape = self._running.pop()
         self.calls[key] += 1
-        self.shapes.setdefault(key, (input_shape, _example_shape([output])))
+        self.shapes.setdefault(key, (input_shape, _output_shape(output)))
 
 
 def measure_blocks(model: nn.Module, example: Any) -> list[BlockInfo]:
@@ -125,10 +141,7 @@ def measure_blocks(model: nn.Module, example: Any) -> list[BlockInfo]:
         If ``example`` holds no examples.
     """
     check_model(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    device = tensors[0].device if tensors else None
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
-    batch = to_batch(example, device, dtype)
+    batch = to_batch(example, *where_tensors_go(model))
     first = (
         next((value for value in batch.values() if isinstance(value, Tensor)), None)
         if isinstance(batch, dict)
@@ -142,10 +155,7 @@ def measure_blocks(model: nn.Module, example: Any) -> list[BlockInfo]:
     meter = _Meter(model)
     try:
         with evaluating(model):
-            if isinstance(batch, dict):
-                model(**batch)
-            else:
-                model(batch)
+            run_model(model, batch)
     finally:
         for handle in meter.handles:
             handle.remove()

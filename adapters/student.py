@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from cvxdistill.adapters.call_structure import main_input
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
 
 
@@ -66,16 +67,16 @@ class GatedStudent(nn.Module):
         self.linear: nn.Module | None = None
         # The intercept sits in whichever layer comes last; a constant student has only that.
         if n_units:
-            self.gate = _patch_layer(layout, n_gates, bias=True, dtype=dtype).requires_grad_(False)
-            self.first = _patch_layer(layout, n_units, bias=True, dtype=dtype)
-            self.second = _position_layer(layout, n_units, bias=True, dtype=dtype)
+            self.gate = patch_layer(layout, n_gates, bias=True, dtype=dtype).requires_grad_(False)
+            self.first = patch_layer(layout, n_units, bias=True, dtype=dtype)
+            self.second = position_layer(layout, n_units, bias=True, dtype=dtype)
         if linear_rank:
             self.linear = nn.Sequential(
-                _patch_layer(layout, linear_rank, bias=False, dtype=dtype),
-                _position_layer(layout, linear_rank, bias=not n_units, dtype=dtype),
+                patch_layer(layout, linear_rank, bias=False, dtype=dtype),
+                position_layer(layout, linear_rank, bias=not n_units, dtype=dtype),
             )
         elif linear_rank == 0:
-            self.linear = _patch_layer(layout, c, bias=not n_units, dtype=dtype)
+            self.linear = patch_layer(layout, c, bias=not n_units, dtype=dtype)
         elif not n_units:
             self.constant = nn.Parameter(torch.zeros(c, dtype=dtype))
         if shared_gates:
@@ -106,15 +107,15 @@ class GatedStudent(nn.Module):
         """Map the block's input (N, *input_shape) to its output (N, *output_shape).
 
         The result has the input's floating dtype, as a block's would; the student computes in its
-        own. A block that its model calls with one named tensor, or with flags beside its tensor,
-        can be replaced as well: the one tensor among the arguments is the input.
+        own. A block that its model calls with a named tensor, or with masks, positions and flags
+        beside its tensor, can be replaced as well: the student ignores them (``main_input`` tells
+        which tensor is the input).
         """
         if others or named:
-            given = (input, *others, *named.values())
-            tensors = [value for value in given if isinstance(value, Tensor)]
-            if len(tensors) != 1:
-                raise TypeError(f"a student takes exactly one tensor, got {len(tensors)}.")
-            input = tensors[0]
+            try:
+                input = main_input((input, *others), named)
+            except ValueError as error:
+                raise TypeError(f"a student takes {error}.") from None
         if input is None:
             raise TypeError("a student takes exactly one tensor, got none.")
         z = input.to(self.dtype)
@@ -151,7 +152,7 @@ class GatedStudent(nn.Module):
         )
 
 
-def _patch_layer(
+def patch_layer(
     layout: DenseLayout | ConvLayout, width: int, *, bias: bool, dtype: torch.dtype
 ) -> nn.Module:
     """The layer that multiplies the layout's rows by a (d - 1, width) matrix."""
@@ -169,16 +170,25 @@ def _patch_layer(
     )
 
 
-def _position_layer(
-    layout: DenseLayout | ConvLayout, width: int, *, bias: bool, dtype: torch.dtype
+def position_layer(
+    layout: DenseLayout | ConvLayout,
+    width: int,
+    *,
+    bias: bool,
+    dtype: torch.dtype,
+    outputs: int | None = None,
 ) -> nn.Module:
-    """The layer that multiplies hidden units at each position by a (width, c) matrix."""
+    """The layer that multiplies hidden units at each position by a (width, outputs) matrix.
+
+    ``outputs`` is the layout's c if not given.
+    """
+    outputs = layout.n_outputs if outputs is None else outputs
     if isinstance(layout, DenseLayout):
-        return skip_init(nn.Linear, width, layout.n_outputs, bias=bias, dtype=dtype)
-    return skip_init(nn.Conv2d, width, layout.n_outputs, 1, bias=bias, dtype=dtype)
+        return skip_init(nn.Linear, width, outputs, bias=bias, dtype=dtype)
+    return skip_init(nn.Conv2d, width, outputs, 1, bias=bias, dtype=dtype)
 
 
-def _set_weights(layer: nn.Module, weights: np.ndarray, bias: np.ndarray | None = None) -> None:
+def set_weights(layer: nn.Module, weights: np.ndarray, bias: np.ndarray | None = None) -> None:
     """Copy a matrix (in, out), and a bias (out,) where the layer has one, into a layer."""
     parameters = dict(layer.named_parameters())
     with torch.no_grad():
@@ -285,14 +295,14 @@ def build_student(
         dtype=dtype,
     )
     if student.gate is not None and student.first is not None and student.second is not None:
-        _set_weights(student.gate, G[:-1, used], G[-1, used])
-        _set_weights(student.first, W1[:-1, units], W1[-1, units])
-        _set_weights(student.second, W2[units], bias)
+        set_weights(student.gate, G[:-1, used], G[-1, used])
+        set_weights(student.first, W1[:-1, units], W1[-1, units])
+        set_weights(student.second, W2[units], bias)
     if isinstance(student.linear, nn.Sequential):
-        _set_weights(student.linear[0], A[:-1])
-        _set_weights(student.linear[1], B, bias)
+        set_weights(student.linear[0], A[:-1])
+        set_weights(student.linear[1], B, bias)
     elif student.linear is not None:
-        _set_weights(student.linear, A[:-1] @ B, bias)
+        set_weights(student.linear, A[:-1] @ B, bias)
     elif student.second is None:
         with torch.no_grad():
             student.constant.copy_(torch.from_numpy(bias))

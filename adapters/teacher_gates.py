@@ -38,27 +38,32 @@ def teacher_gates(
     """Return the gates G (d, p) of the block's first layer, for the rows of ``layout``.
 
     The layer is the first Conv2d (of those with the largest kernel, so that no shortcut is taken
-    for it) or Linear that is called with the block's input itself. With weights w, bias b and an
+    for it) or Linear (or ``Conv1D`` of transformers, a linear layer with its weights transposed)
+    that is called with the block's input itself. With weights w, bias b and an
     eval-mode batch norm (mean, variance, scale, shift) called directly on its output,
 
         G[:-1] = w scale / sqrt(variance + eps),
         G[-1]  = (b - mean) scale / sqrt(variance + eps) + shift,
 
     so that ``layout.rows(inputs) @ G`` is the normalised pre-activation. A kernel that is placed
-    otherwise than the layout's is moved into its patches.
+    otherwise than the layout's is moved into its patches. Where the layer's stride is a divisor of
+    the layout's, as in a span of several strided stages, several of its positions fall on one of
+    the layout's; the most central one's gates are taken.
 
     Parameters
     ----------
     block : torch.nn.Module
+        Of a span its blocks in an ``nn.Sequential``, which need run only as far as that layer.
     inputs : ndarray of shape (N, *layout.input_shape)
-        What the block saw; the first few examples are run.
+        What the block saw; the first few examples are run. Where they are tokens, (n, d), they are
+        run as one sequence.
     layout : DenseLayout or ConvLayout
 
     Raises
     ------
     ValueError
-        If no such layer exists, or its kernel reaches beyond the layout's patches (the message says
-        which ``kernel_size`` would hold it).
+        If no such layer exists, the block cannot be run alone, or the layer's kernel reaches beyond
+        the layout's patches (the message says which ``kernel_size`` would hold it).
     """
     layers = _first_layers(block, inputs, layout)
     if isinstance(layout, ConvLayout):
@@ -69,15 +74,14 @@ def teacher_gates(
             return _join(_embed(layer.module, weights, layout), bias, inputs.dtype)
     else:
         for layer in layers:
-            module = layer.module
-            if isinstance(module, nn.Linear) and module.in_features == layout.n_features - 1:
+            if _weights(layer.module).shape[1:] == (layout.n_features - 1,):
                 weights, bias = _folded(layer)
                 return _join(weights, bias, inputs.dtype)
     raise ValueError(
         f"the block ({type(block).__name__}) has no first layer to take gates from: no "
         f"{'Conv2d' if isinstance(layout, ConvLayout) else 'Linear'} that is called with the "
-        "block's input itself and fits the student's patches (same stride, no dilation or groups, "
-        'zero padding). Use gates="gaussian".'
+        "block's input itself and fits the student's patches (a stride that divides theirs, no "
+        'dilation or groups, zero padding). Use gates="gaussian".'
     )
 
 
@@ -94,6 +98,8 @@ def _first_layers(
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
     # A copy: the block may work in place.
     x = torch.from_numpy(np.array(inputs[:PROBE_EXAMPLES])).to(device=device, dtype=dtype)
+    if isinstance(layout, DenseLayout) and layout.per_position and len(layout.input_shape) == 1:
+        x = x[None]
     version = x._version
     layers: list[_Layer] = []
 
@@ -107,7 +113,8 @@ def _first_layers(
         )
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        takes_input = isinstance(module, (nn.Conv2d, nn.Linear)) and args and is_input(args[0])
+        is_layer = isinstance(module, (nn.Conv2d, nn.Linear)) or is_transposed_linear(module)
+        takes_input = is_layer and args and is_input(args[0])
         if takes_input and x._version == version:
             layers.append(_Layer(module, output, output._version))
 
@@ -126,6 +133,14 @@ def _first_layers(
             handles.append(module.register_forward_pre_hook(before))
         with evaluating(block):
             block(x)
+    # Whatever the block misses when it is called with its input alone, or between a span's parts.
+    except Exception as error:
+        if not layers:
+            raise ValueError(
+                f"the block ({type(block).__name__}) has no first layer to take gates from: called "
+                f"with its input alone it fails with {type(error).__name__}: {error}. Use "
+                'gates="gaussian".'
+            ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -135,11 +150,23 @@ def _first_layers(
 def _folded(layer: _Layer) -> tuple[np.ndarray, np.ndarray]:
     """Weights (m, ...) and bias (m,) in float64, the batch norm behind the layer folded in."""
     module, norm = layer.module, layer.norm
-    weights = _array(module.weight)
+    weights = _weights(module)
     bias = _array(module.bias) if module.bias is not None else np.zeros(len(weights))
     # BatchNorm1d takes axis 1 for the channels: those of a linear layer only in two dimensions.
-    if norm is None or (isinstance(module, nn.Linear) and layer.output.ndim != 2):
+    if norm is None or (not isinstance(module, nn.Conv2d) and layer.output.ndim != 2):
         return weights, bias
+    scale, shift = folded_norm(norm)
+    return weights * scale.reshape(-1, *[1] * (weights.ndim - 1)), bias * scale + shift
+
+
+def folded_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and shift (c,) of an eval-mode batch norm, in float64.
+
+    Raises
+    ------
+    ValueError
+        If it keeps no running statistics.
+    """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(
             "the batch norm behind the block's first layer keeps no running statistics, so its "
@@ -150,7 +177,19 @@ def _folded(layer: _Layer) -> tuple[np.ndarray, np.ndarray]:
     shift = np.zeros_like(mean)
     if norm.affine:
         scale, shift = scale * _array(norm.weight), _array(norm.bias)
-    return weights * scale.reshape(-1, *[1] * (weights.ndim - 1)), (bias - mean) * scale + shift
+    return scale, shift - mean * scale
+
+
+def _weights(module: nn.Module) -> np.ndarray:
+    """Weights (m, ...) of a layer, one row an output."""
+    weights = _array(module.weight)
+    return weights.T if is_transposed_linear(module) else weights
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is the ``Conv1D`` of transformers: x W + b with W (in, out)."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _array(tensor: Any) -> np.ndarray:
@@ -176,7 +215,7 @@ def _same_geometry(module: nn.Module, layout: ConvLayout) -> bool:
     return (
         module.groups == 1
         and tuple(module.dilation) == (1, 1)
-        and all(own == theirs or positions == 1 for own, theirs, positions in steps)
+        and all(theirs % own == 0 or positions == 1 for own, theirs, positions in steps)
     )
 
 
@@ -190,6 +229,18 @@ def _padding(module: nn.Module) -> Pair:
     return int(module.padding[0]), int(module.padding[1])
 
 
+def _central_position(module: nn.Module, layout: ConvLayout, axis: int) -> int:
+    """Pixels from the layer's first position in the layout's first patch to the most central."""
+    assert isinstance(module, nn.Conv2d)
+    stride, step = module.stride[axis], layout.stride[axis]
+    if layout.output_shape[1 + axis] == 1:
+        return 0
+    # Twice how far the middle of the kernel lies left of the middle of the patch.
+    left = layout.kernel_size[axis] - _kernel(module)[axis]
+    left -= 2 * (layout.padding[axis] - _padding(module)[axis])
+    return min(range(0, step, stride), key=lambda pixels: abs(2 * pixels - left))
+
+
 def _taps(module: nn.Module, layout: ConvLayout, axis: int) -> tuple[range, int]:
     """The layer's taps along one axis that ever see a pixel, and how far to move them.
 
@@ -197,7 +248,8 @@ def _taps(module: nn.Module, layout: ConvLayout, axis: int) -> tuple[range, int]
     same one. Taps that see padding at every position add nothing.
     """
     size, positions = layout.input_shape[1 + axis], layout.output_shape[1 + axis]
-    own, step = _padding(module)[axis], layout.stride[axis]
+    step = layout.stride[axis]
+    own = _padding(module)[axis] - _central_position(module, layout, axis)
     useful = [
         u
         for u in range(_kernel(module)[axis])

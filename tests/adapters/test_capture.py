@@ -315,7 +315,11 @@ BAD = torch.tensor([[float("nan")] * 5])
         (mlp(), "0", [X[:0]], {}, ValueError, "data holds no examples"),
         (mlp(), "0", 3, {}, TypeError, "data must be a DataLoader.*got int"),
         (mlp(), "0", "images", {}, TypeError, "data must be a DataLoader.*got str"),
-        (mlp(), "0", {"x": X}, {}, TypeError, "data is one dict"),
+        (mlp(), "0", {"labels": X}, {}, ValueError, "data is one dict, but none of"),
+        (
+            mlp(), "0", {"input": X, "mask": X[:3]}, {}, ValueError,
+            "different numbers of examples: 'input' 23, 'mask' 3",
+        ),
         (mlp(), "0", TensorDataset(X), {}, TypeError, "yields examples, not batches"),
         (mlp(), "0", torch.tensor(1.0), {}, ValueError, "axis of examples"),
         (mlp(), "0", ["a"], {}, TypeError, "batch 0 must be a tensor.*got str"),

@@ -10,8 +10,15 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from cvxdistill.adapters import storage  # noqa: E402
 from cvxdistill.adapters.layout import infer_layout  # noqa: E402
-from cvxdistill.adapters.storage import load_student, save_student  # noqa: E402
+from cvxdistill.adapters.storage import (  # noqa: E402
+    OnlineState,
+    load_online_state,
+    load_student,
+    save_online_state,
+    save_student,
+)
 from cvxdistill.adapters.student import build_student  # noqa: E402
+from cvxdistill.solvers import HiddenStatistics  # noqa: E402
 
 LAYOUTS = {
     "conv": infer_layout((3, 7, 6), (4, 4, 6), kernel_size=(3, 5)),
@@ -152,3 +159,37 @@ def test_missing_files_and_folders_and_other_modules_are_refused(tmp_path):
         save_student(make(LAYOUTS["dense"], [0]), tmp_path / "nowhere" / "s")
     with pytest.raises(TypeError, match="student must be a GatedStudent, got Linear"):
         save_student(torch.nn.Linear(2, 2), tmp_path / "s")
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
+def test_an_online_state_comes_back_exactly_and_so_does_its_student_alone(gate, tmp_path):
+    student = make(LAYOUTS["conv"], gate)
+    rng = np.random.default_rng(0)
+    m, c = len(gate), 4
+    statistics = HiddenStatistics.of_rows(rng.random((9, m)), rng.random((9, c)))
+    prior = rng.random((m, c)), rng.random(c)
+    options = {"ridge": 0.1, "n_examples_seen": 3}
+    path = tmp_path / "online.safetensors"
+    save_online_state(OnlineState(student, statistics, prior, options), path)
+    state = load_online_state(str(path))
+    assert state.options == options and not state.student.training
+    for name, array in statistics.arrays().items():
+        np.testing.assert_array_equal(state.statistics.arrays()[name], array)
+    np.testing.assert_array_equal(state.prior[0], prior[0])
+    np.testing.assert_array_equal(state.prior[1], prior[1])
+    for loaded in (state.student, load_student(path)):
+        assert loaded.layout == student.layout and repr(loaded) == repr(student)
+        for name, value in student.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_of_students_and_of_online_states_are_told_apart(tmp_path):
+    path = tmp_path / "student.safetensors"
+    save_student(make(LAYOUTS["dense"], [0]), path)
+    with pytest.raises(ValueError, match=r"cvxdistill-online-student.*load_student reads it"):
+        load_online_state(path)
+    write_other_tensors(path)
+    for load in (load_student, load_online_state):
+        with pytest.raises(ValueError, match=r"student.*got None\.$"):
+            load(path)

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from cvxdistill.adapters.capture import capture  # noqa: E402
-from cvxdistill.adapters.layout import infer_layout  # noqa: E402
+from cvxdistill.adapters.layout import DenseLayout, infer_layout  # noqa: E402
 from cvxdistill.adapters.module_tree import get_block  # noqa: E402
 from cvxdistill.adapters.teacher_gates import teacher_gates  # noqa: E402
 
@@ -155,7 +155,7 @@ def test_hooks_and_statistics_are_restored_also_when_the_block_fails():
             raise RuntimeError("broken")
 
     block = Fails()
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(ValueError, match=r"no first layer.*RuntimeError: broken"):
         teacher_gates(block, random_inputs(4, 5), infer_layout((5,), (5,)))
     assert block.training and block.norm.num_batches_tracked == 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
@@ -176,7 +176,10 @@ def conv_block(*args, **options):
         (conv_block(3, 6, 3, padding=2, dilation=2), {}, 'no first layer.*Use gates="gaussian"'),
         (conv_block(3, 6, 3, padding=1, groups=3), {}, "no Conv2d that is called"),
         (conv_block(3, 6, 3, padding=1, padding_mode="reflect"), {}, "no first layer"),
-        (nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1), nn.MaxPool2d(2)), {}, "same stride"),
+        (
+            nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.Upsample(scale_factor=2)), {},
+            "a stride that divides theirs",
+        ),
         (nn.Sequential(nn.ReLU(), nn.Conv2d(3, 6, 3, 1, 1)), {}, "no first layer"),
         (
             nn.Sequential(
@@ -196,3 +199,74 @@ def test_blocks_without_a_usable_first_layer_are_refused(block, options, message
 def test_inputs_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"inputs must have shape \('n', 5\).*got \(4, 3\)"):
         teacher_gates(nn.Linear(5, 5), random_inputs(4, 3), infer_layout((5,), (5,)))
+
+
+class Conv1D(nn.Module):
+    """As in transformers: a linear layer with its weights (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(
+            *x.shape[:-1], self.nf
+        )
+
+
+def test_gates_of_a_transposed_linear_layer_for_tokens_in_rows():
+    block = nn.Sequential(Conv1D(6, 4), nn.GELU(), Conv1D(4, 6))
+    layout = DenseLayout((4,), (4,), per_position=True)
+    inputs = random_inputs(9, 4)
+    G = teacher_gates(block, inputs, layout)
+    np.testing.assert_allclose(G[:-1], block[0].weight.detach().numpy())
+    np.testing.assert_allclose(G[-1], block[0].bias.detach().numpy())
+
+
+def test_a_span_needs_to_run_only_as_far_as_its_first_layer():
+    block = nn.Sequential(nn.Dropout(), nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.Linear(6, 2))
+    inputs = random_inputs(2, 3, 8, 8)
+    layout = infer_layout((3, 8, 8), (6, 8, 8))
+    G = teacher_gates(block, inputs, layout)
+    np.testing.assert_allclose(G[-1], block[1].bias.detach().numpy())
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 5}, {"kernel_size": 7}])
+def test_the_first_layer_of_a_span_may_step_in_smaller_strides(resnet, options):
+    recorded = capture(resnet, "layer3:layer4", random_inputs(3, 3, 128, 128), verbose=0)
+    layout = recorded.layout(**options)
+    assert layout.stride == (4, 4) and layout.output_shape[1:] == (4, 4)
+    G = teacher_gates(get_block(resnet, "layer3:layer4"), recorded.inputs, layout)
+    stage = resnet.eval().layer3[0]
+    with torch.no_grad():
+        pre = stage.bn1(stage.conv1(torch.from_numpy(recorded.inputs))).numpy()
+    found = layout.rows(recorded.inputs)[:] @ G
+    # Every second position of the layer, from the one nearest to the middle of a patch on.
+    errors = []
+    for start in (0, 1):
+        every = pre[:, :, start::2, start::2]
+        errors.append(np.abs(found - np.moveaxis(every, 1, -1).reshape(-1, G.shape[1])).max())
+    assert min(errors) < 1e-4 < max(errors)
+
+
+def test_a_layer_before_a_pooling_gives_gates():
+    block = nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2))
+    inputs = random_inputs(2, 3, 8, 8)
+    layout = layout_of(block, inputs, kernel_size=4)
+    G = teacher_gates(block, inputs, layout)
+    with torch.no_grad():
+        pre = block[0](torch.from_numpy(inputs)).numpy()
+    found = (layout.rows(inputs)[:] @ G).reshape(2, 4, 4, 6)
+    # Patches of 4 x 4 begin at pixel -1; the kernel at its first position sees their first 3 x 3.
+    np.testing.assert_allclose(found, np.moveaxis(pre[:, :, ::2, ::2], 1, -1), atol=1e-5)
+
+
+def test_a_block_that_needs_more_than_its_input_has_no_gates():
+    class Needs(nn.Module):
+        def forward(self, x, position_embeddings):
+            return x
+
+    with pytest.raises(ValueError, match="with its input alone it fails with TypeError"):
+        teacher_gates(Needs(), random_inputs(2, 4), infer_layout((4,), (4,)))

@@ -1,0 +1,221 @@
+"""The deployed linear student that sees few directions of the input channels, without waste.
+
+On the rows of a layout it is Z = (X (P x I)) W1 W2 + 1 b^T (``ProjectedRidge``). P (C, r1) and W2
+(r2, c) are only known up to an invertible matrix that the next or the last factor undoes, and the
+student makes use of it: r1 of the channels, chosen by a pivoted QR, are handed on as they are, and
+only the others are mixed into them; r2 of the outputs come straight from W1, and only the others
+are mixed from these. That is the same map with r1^2 + r2^2 numbers less, and C + c to say which.
+
+References
+----------
+Cheng, Gimbutas, Martinsson and Rokhlin 2005 (interpolative decomposition).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.linalg import qr, solve
+from torch import Tensor, nn
+
+from cvxdistill.adapters.call_structure import main_input
+from cvxdistill.adapters.layout import ConvLayout, DenseLayout
+from cvxdistill.adapters.student import patch_layer, position_layer, set_weights
+
+
+class LinearStudent(nn.Module):
+    """A linear student whose weights are still to be set: by ``build_linear_student``.
+
+    Parameters
+    ----------
+    layout : DenseLayout or ConvLayout
+    input_rank : int or None
+        r1; None: no projection.
+    rank : int or None
+        r2; None: full.
+    dtype : torch.dtype
+    """
+
+    channel_order: Tensor
+    output_order: Tensor
+
+    def __init__(
+        self,
+        layout: DenseLayout | ConvLayout,
+        input_rank: int | None,
+        rank: int | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.layout, self.input_rank, self.rank = layout, input_rank, rank
+        C, c = input_channels(layout), layout.n_outputs
+        inner = layout
+        self.project: nn.Module | None = None
+        self.expand: nn.Module | None = None
+        self.mixes_others = input_rank is not None and _saves(input_rank, C)
+        self.expands_others = rank is not None and _saves(rank, c)
+        if input_rank is not None:
+            inner = replace(layout, input_shape=(input_rank, *layout.input_shape[1:]))
+            given = C - input_rank if self.mixes_others else C
+            self.project = nn.Conv2d(given, input_rank, 1, bias=False, dtype=dtype)
+            if self.mixes_others:
+                self.register_buffer("channel_order", torch.arange(C))
+        width = c if rank is None else rank
+        bias = rank is None or self.expands_others
+        self.core = patch_layer(inner, width, bias=bias, dtype=dtype)
+        if rank is not None:
+            wanted = c - rank if self.expands_others else c
+            self.expand = position_layer(layout, rank, bias=True, dtype=dtype, outputs=wanted)
+            if self.expands_others:
+                self.register_buffer("output_order", torch.arange(c))
+
+    @property
+    def parameters_stored(self) -> int:
+        """All stored numbers: weights, and the orders of channels and outputs."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
+
+    @property
+    def trainable(self) -> int:
+        """The stored numbers that a gradient could change."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Map the block's input (N, *input_shape) to its output (N, *output_shape)."""
+        given = main_input(args, kwargs)
+        z = given.to(self.dtype)
+        if self.project is not None and self.input_rank is not None:
+            if self.mixes_others:
+                z = torch.index_select(z, 1, self.channel_order)
+                z = z[:, : self.input_rank] + self.project(z[:, self.input_rank :])
+            else:
+                z = self.project(z)
+        dense = isinstance(self.layout, DenseLayout)
+        flat = isinstance(self.layout, DenseLayout) and not self.layout.per_position
+        out = self.core(z.flatten(1) if flat else z)
+        if self.expand is not None:
+            others = self.expand(out)
+            axis = -1 if dense else 1
+            out = torch.cat([out, others], axis) if self.expands_others else others
+            if self.expands_others:
+                out = torch.index_select(out, axis, self.output_order)
+        if flat:
+            out = out.reshape(out.shape[0], *self.layout.output_shape)
+        return out.to(given.dtype) if given.is_floating_point() else out
+
+    def extra_repr(self) -> str:
+        """Say the shapes and sizes in ``repr(model)``."""
+        return (
+            f"{self.layout.input_shape} -> {self.layout.output_shape}, "
+            f"input_rank={self.input_rank}, rank={self.rank}, stored={self.parameters_stored}"
+        )
+
+
+def input_channels(layout: DenseLayout | ConvLayout) -> int:
+    """Input channels that can be projected: those of images, 1 where the inputs are none."""
+    images = isinstance(layout, ConvLayout) or (
+        len(layout.input_shape) == 3 and not layout.per_position
+    )
+    return layout.input_shape[0] if images else 1
+
+
+def linear_student_size(
+    layout: DenseLayout | ConvLayout, input_rank: int | None, rank: int | None
+) -> int:
+    """Numbers that a ``LinearStudent`` of these ranks stores."""
+    d, c, C = layout.n_features - 1, layout.n_outputs, input_channels(layout)
+    size = c
+    if input_rank is not None:
+        d = d // C * input_rank
+        size += _factor_size(input_rank, C)
+    return size + (d * c if rank is None else d * rank + _factor_size(rank, c))
+
+
+def _saves(rank: int, of: int) -> bool:
+    """Whether handing ``rank`` of these on as they are saves more than it takes to say which."""
+    return rank * rank > of and rank < of
+
+
+def _factor_size(rank: int, of: int) -> int:
+    return rank * (of - rank) + of if _saves(rank, of) else rank * of
+
+
+def build_linear_student(
+    layout: DenseLayout | ConvLayout,
+    P: np.ndarray | None,
+    W1: np.ndarray,
+    W2: np.ndarray | None,
+    intercept: np.ndarray,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> LinearStudent:
+    """Build the module that predicts Z = (X (P x I)) W1 W2 + 1 b^T.
+
+    Parameters
+    ----------
+    layout : DenseLayout or ConvLayout
+    P : ndarray of shape (C, r1), or None
+    W1 : ndarray of shape (r1 T, r2)
+        Features ordered (channel, place), without the constant one.
+    W2 : ndarray of shape (r2, c), or None
+    intercept : ndarray of shape (c,)
+    dtype : torch.dtype, default torch.float32
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit the layout, or anything is not finite.
+    """
+    C, c = input_channels(layout), layout.n_outputs
+    places = (layout.n_features - 1) // C
+    r1 = C if P is None else P.shape[1]
+    r2 = c if W2 is None else len(W2)
+    shapes = {
+        "P": (P, (C, r1)),
+        "W1": (W1, (r1 * places, r2)),
+        "W2": (W2, (r2, c)),
+        "intercept": (intercept, (c,)),
+    }
+    for name, (array, shape) in shapes.items():
+        if array is None:
+            continue
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {array.shape}.")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} contains NaN or infinity.")
+    student = LinearStudent(
+        layout, None if P is None else r1, None if W2 is None else r2, dtype=dtype
+    )
+    W1, b = np.asarray(W1, np.float64), np.asarray(intercept, np.float64)
+    if P is not None and student.project is not None:
+        P = np.asarray(P, np.float64)
+        if student.mixes_others:
+            order = qr(P.T, mode="r", pivoting=True)[1]
+            kept = P[order[:r1]]
+            W1 = (kept @ W1.reshape(r1, -1)).reshape(W1.shape)
+            P = solve(kept.T, P[order[r1:]].T).T
+            student.channel_order.copy_(torch.from_numpy(order))
+        set_weights(student.project, P)
+    if W2 is not None and student.expand is not None:
+        W2 = np.asarray(W2, np.float64)
+        if student.expands_others:
+            order = qr(W2, mode="r", pivoting=True)[1]
+            kept = W2[:, order[:r2]]
+            W1, W2 = W1 @ kept, solve(kept, W2[:, order[r2:]])
+            set_weights(student.core, W1, b[order[:r2]])
+            set_weights(student.expand, W2, b[order[r2:]] - b[order[:r2]] @ W2)
+            student.output_order.copy_(torch.from_numpy(np.argsort(order)))
+        else:
+            set_weights(student.core, W1)
+            set_weights(student.expand, W2, b)
+    else:
+        set_weights(student.core, W1, b)
+    return student.eval()
