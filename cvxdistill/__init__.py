@@ -11,23 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cvxdistill.adapters import load_student, swap_block
+    from cvxdistill.compression import compress
+    from cvxdistill.compression_report import Compression
     from cvxdistill.distillation import Distillation, distill
     from cvxdistill.estimators import ConvexNNClassifier, ConvexNNRegressor
     from cvxdistill.group_cross_validation import GroupElasticNetCV
     from cvxdistill.group_estimators import GroupElasticNet
     from cvxdistill.inspection import inspect
+    from cvxdistill.online import OnlineStudent, load_online
     from cvxdistill.polishing import polish
 
     __version__: str
 
 __all__ = [
+    "Compression",
     "ConvexNNClassifier",
     "ConvexNNRegressor",
     "Distillation",
     "GroupElasticNet",
     "GroupElasticNetCV",
+    "OnlineStudent",
+    "compress",
     "distill",
     "inspect",
+    "load_online",
     "load_student",
     "polish",
     "swap_block",
@@ -41,9 +48,13 @@ _WITHOUT_TORCH = {
     "polish": "cvxdistill.polishing",
 }
 _TORCH_DOORS = {
+    "Compression": "cvxdistill.compression_report",
+    "compress": "cvxdistill.compression",
     "Distillation": "cvxdistill.distillation",
+    "OnlineStudent": "cvxdistill.online",
     "distill": "cvxdistill.distillation",
     "inspect": "cvxdistill.inspection",
+    "load_online": "cvxdistill.online",
     "load_student": "cvxdistill.adapters",
     "swap_block": "cvxdistill.adapters",
 }

@@ -29,7 +29,7 @@ from cvxdistill.solvers import (
 from cvxdistill.solvers.ridge import MOST_FEATURES
 
 if TYPE_CHECKING:
-    from cvxdistill.adapters import ConvLayout, DenseLayout, GatedStudent
+    from cvxdistill.adapters import ConvLayout, DenseLayout, FollowingMap, GatedStudent
 
 # Sizes that are tried when none is asked for.
 UNITS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -65,19 +65,44 @@ class FitData:
     outputs: np.ndarray = field(repr=False)
     held_out: np.ndarray = field(repr=False)
 
-    def error(self, student: GatedStudent, batch_size: int = 256) -> float:
+    def error(self, student: GatedStudent) -> float:
         """||Y' - Y||_F / ||Y||_F of the deployed module on the held-out examples."""
-        import torch
+        return activation_error(student, self.inputs, self.outputs, self.held_out)
 
-        wrong = total = 0.0
-        for start in range(0, len(self.held_out), batch_size):
-            batch = self.held_out[start : start + batch_size]
-            Y = self.outputs[batch]
-            with torch.inference_mode():
-                Z = student(torch.from_numpy(self.inputs[batch])).numpy()
-            wrong += float(np.sum((Z - Y) ** 2, dtype=np.float64))
-            total += float(np.sum(Y**2, dtype=np.float64))
-        return (wrong / total) ** 0.5 if total > 0 else wrong**0.5
+
+def activation_error(
+    student: GatedStudent,
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    examples: np.ndarray,
+    following: FollowingMap | None = None,
+    batch_size: int = 256,
+) -> float:
+    """||Y' - Y||_F / ||Y||_F of a student on some examples, of what follows it where that is given.
+
+    Parameters
+    ----------
+    student : GatedStudent
+    inputs, outputs : ndarray of shape (N, ...)
+        Of the block.
+    examples : ndarray of int
+    following : FollowingMap, optional
+        Y and Y' are what it makes of the outputs.
+    batch_size : int, default=256
+    """
+    import torch
+
+    wrong = total = 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        Y = outputs[batch]
+        with torch.inference_mode():
+            Z = student(torch.from_numpy(inputs[batch])).numpy()
+        if following is not None:
+            Y, Z = following(Y), following(Z)
+        wrong += float(np.sum((Z - Y) ** 2, dtype=np.float64))
+        total += float(np.sum(Y**2, dtype=np.float64))
+    return (wrong / total) ** 0.5 if total > 0 else wrong**0.5
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,9 @@ def distill(
 ) -> None:
     """Fit a small student to BLOCK of MODEL and save it.
 
-    MODEL is package.module:factory or path/file.py:factory, BLOCK a dotted name that inspect shows.
+    MODEL is package.module:factory or path/file.py:factory, BLOCK a dotted name that inspect shows,
+    or a span of blocks that run one after the other, first:last, such as layer3:layer4: the student
+    takes the first one's place, and the others become identities.
     Labels in the data serve only to measure the accuracy before and after.
     """
     check_parent(output, "--output")

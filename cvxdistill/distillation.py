@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cvxdistill.candidates import Candidate, FitData, gated_candidates, linear_candidates
+from cvxdistill.low_rank_distillation import distill_low_rank
 from cvxdistill.report import Report
 from cvxdistill.selection import PolishedCandidate, choose, choose_polished
 from cvxdistill.solvers import RowSubset, sample_gates
@@ -21,7 +22,7 @@ from cvxdistill.solvers.penalties import find_regularizer
 if TYPE_CHECKING:
     from torch import nn
 
-    from cvxdistill.adapters import Capture, ConvLayout, DenseLayout, GatedStudent
+    from cvxdistill.adapters import Capture, ConvLayout, DenseLayout, GatedStudent, Span
 
 STUDENTS = ("auto", "linear", "gated")
 POLISHES = ("group_elastic_net",)
@@ -40,12 +41,16 @@ class Distillation:
         Printable; ``report.to_frame()`` is the table of candidates.
     candidates : tuple of Candidate
         Every student that was considered, the linear ones first, by size, the polished ones last.
+    span : Span
+        The blocks that were replaced, for ``swap_block`` with another student: which of a span
+        became identities, and how the block returns its tensor.
     """
 
     model: nn.Module = field(repr=False)
     student: GatedStudent
     report: Report = field(repr=False)
     candidates: tuple[Candidate, ...] = field(repr=False)
+    span: Span = field(repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write the student as safetensors with a JSON header; ``load_student`` reads it.
@@ -65,12 +70,14 @@ def distill(
     block: str,
     data: Any,
     *,
+    mask: Any = "auto",
+    match: str = "outputs",
     student: str = "auto",
     gates: Any = "auto",
     n_gates: int = 32,
     n_neurons: int | None = None,
     alpha: float | None = None,
-    penalty: str = "gate",
+    penalty: str | None = None,
     l1_ratio: float = 1.0,
     refit: bool = True,
     polish: str | None = None,
@@ -107,9 +114,21 @@ def distill(
     model : nn.Module
         Left as it is unless ``inplace``.
     block : str
-        Dotted name of the block, which maps one tensor to one tensor.
-    data : DataLoader, iterable of batches, tensor or array
-        Inputs of the model; labels beside them are ignored.
+        Dotted name of the block, which maps one tensor to one tensor (masks and flags beside it are
+        ignored, a tuple or dataclass around what it returns is kept); or a span,
+        ``"layer3:layer4"``: from the input of the first block to the output of the last, which run
+        one after the other. The student takes the first one's place, the rest become identities.
+    data : DataLoader, iterable of batches, tensor, array or dict
+        Inputs of the model; labels beside them are ignored. Batches that are dicts are passed by
+        name; one dict of tensors is split into batches.
+    mask : "auto", None, str, callable, tensor or array, default="auto"
+        Which tokens (N, T) of a block that maps (N, T, d) to (N, T, c) are fitted and held out:
+        those that are not 0. "auto": the "attention_mask" of batches that are dicts; another key of
+        theirs; a function of the batch; an array (n_examples, T); None: all tokens.
+    match : str, default="outputs"
+        What the student is fitted to: the block's outputs, or ``"after:avgpool"``, what a module
+        that follows makes of them. All that runs between must be linear: average pooling over
+        whole images, batch norms and linear layers. Errors are those after it.
     student : {"auto", "linear", "gated"}, default="auto"
         "auto" takes the smallest student whose held-out error is within 2 % (relative) of the
         best one's.
@@ -123,8 +142,11 @@ def distill(
         Hidden units of the student. By default powers of two are tried.
     alpha : float, optional
         Regularisation strength. By default chosen along a path by held-out activation error.
-    penalty : {"gate", "neuron", "ridge"}, default="gate"
-        Of the gated student; the linear one has a ridge.
+    penalty : {"gate", "neuron", "ridge", "nuclear"}, optional
+        Of the gated student, "gate" by default; the linear one has a ridge. "nuclear" is for many
+        outputs: both students are solved for all of them in factored form, globally optimal to
+        ``tol`` unless ``n_neurons`` caps the units, from sums over the examples alone: activations
+        are not stored. It is the default where ``match`` is given. ``data`` is kept then.
     l1_ratio : float, default=1.0
         Blend of the penalty with a ridge.
     refit : bool, default=True
@@ -147,10 +169,10 @@ def distill(
     max_examples : int, optional
         Record at most this many examples.
     validation_fraction : float, default=0.1
-        Share of the examples that is held out. They choose among alphas, sizes and polished
-        students, so the error reported for them is a little too good.
+        Share of the examples that is held out, of tokens in whole sequences. They choose among
+        alphas, sizes and polished students, so the error reported for them is a little too good.
     batch_size : int, default=256
-        For ``data`` that is one tensor or array.
+        For ``data`` that is one tensor, array or dict.
     memory_limit : int, default=2 GiB
         Bytes of recorded activations, and of rows to fit, beyond which they are not held in
         memory.
@@ -187,49 +209,52 @@ def distill(
         capture,
         check_swappable,
         get_block,
-        infer_layout,
         swap_block,
     )
+    from cvxdistill.adapters.call_structure import StructuredBlock
+    from cvxdistill.adapters.module_tree import span_modules
 
-    target = check_swappable(model, block)
+    check_swappable(model, block)
+    penalty = penalty or ("gate" if match == "outputs" else "nuclear")
     _check_arguments(locals())
+    if penalty == "nuclear":
+        return distill_low_rank(model, block, data, locals())
     rng = np.random.default_rng(random_state)
     seconds: dict[str, float] = {}
-    block_parameters = sum(p.numel() for p in target.parameters())
 
-    with _timed(seconds, "capture"):
+    with timed(seconds, "capture"):
         captured = capture(
             model,
             block,
             data,
+            mask=mask,
             batch_size=batch_size,
             max_examples=max_examples,
             memory_limit=memory_limit,
             verbose=verbose,
         )
     with captured:
-        layout = infer_layout(
-            captured.inputs.shape[1:],
-            captured.outputs.shape[1:],
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-        )
+        span = captured.span
+        # A single block runs as it is, a span as its blocks one after the other.
+        replaced = span_modules(model, span)
+        target = replaced[0] if len(replaced) == 1 else replaced
+        block_parameters = sum(p.numel() for p in replaced.parameters())
+        layout = captured.layout(kernel_size=kernel_size, stride=stride, padding=padding)
         fit = _fit_data(captured, layout, max_rows, validation_fraction, memory_limit, rng)
-        most_parameters = _most_parameters(layout, n_neurons, block_parameters)
-        with _timed(seconds, "linear"):
+        limit = most_parameters(layout, n_neurons, block_parameters)
+        with timed(seconds, "linear"):
             candidates = linear_candidates(
                 fit,
                 alpha=alpha,
                 n_neurons=n_neurons,
-                most_parameters=most_parameters,
+                most_parameters=limit,
                 refit=refit,
                 tol=tol,
             )
         gate_source = "none"
         if student != "linear":
-            with _timed(seconds, "gated"):
-                G, gate_source = _gates(gates, n_gates, target, captured, layout, rng)
+            with timed(seconds, "gated"):
+                G, gate_source = choose_gates(gates, n_gates, target, captured.inputs, layout, rng)
                 candidates += gated_candidates(
                     fit,
                     G,
@@ -237,7 +262,7 @@ def distill(
                     n_neurons=n_neurons,
                     penalty=penalty,
                     l1_ratio=l1_ratio,
-                    most_parameters=most_parameters,
+                    most_parameters=limit,
                     refit=refit,
                     tol=tol,
                     max_iter=max_iter,
@@ -248,7 +273,7 @@ def distill(
         if polish is None:
             chosen = choose(candidates, student, block_parameters)
         else:
-            with _timed(seconds, "polish"):
+            with timed(seconds, "polish"):
                 chosen, polished = choose_polished(
                     fit, candidates, student, block_parameters, max_neurons, verbose
                 )
@@ -259,8 +284,8 @@ def distill(
             model_parameters=sum(p.numel() for p in model.parameters()),
             layout=layout,
             gate_source=gate_source,
-            examples=len(captured),
-            held_out=len(fit.held_out),
+            examples=captured.n_examples,
+            held_out=_held_out_examples(len(_examples(captured)), validation_fraction),
             rows=fit.X.shape[0],
             available_rows=(len(captured) - len(fit.held_out)) * layout.n_positions,
             seconds=seconds,
@@ -268,12 +293,15 @@ def distill(
             chosen=chosen,
             polished=polished,
         )
-    swapped = swap_block(model, block, chosen.student, inplace=inplace)
-    return Distillation(swapped, get_block(swapped, block), report, tuple(candidates))  # type: ignore[arg-type]
+    swapped = swap_block(model, span, chosen.student, inplace=inplace)
+    placed: Any = get_block(swapped, span.first)
+    placed = placed.student if isinstance(placed, StructuredBlock) else placed
+    return Distillation(swapped, placed, report, tuple(candidates), span)
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note how long a phase takes."""
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
@@ -309,6 +337,15 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     if not 0 < arguments["tol"] < np.inf:
         raise ValueError(f"tol must be positive and finite, got {arguments['tol']!r}.")
     find_regularizer(arguments["penalty"], arguments["l1_ratio"])
+    match, penalty = arguments["match"], arguments["penalty"]
+    if not isinstance(match, str):
+        raise TypeError(f"match must be 'outputs' or 'after:NAME', got {match!r}.")
+    if match != "outputs" and penalty != "nuclear":
+        raise ValueError(f"match={match!r} goes with penalty='nuclear', got {penalty!r}.")
+    if penalty == "nuclear":
+        for name, value in (("polish", None), ("l1_ratio", 1.0)):
+            if arguments[name] != value:
+                raise ValueError(f"penalty='nuclear' has no {name}, got {arguments[name]!r}.")
 
 
 def _fit_data(
@@ -320,12 +357,17 @@ def _fit_data(
     rng: np.random.Generator,
 ) -> FitData:
     """Hold examples out, sample rows of the others, and gather them if they fit in memory."""
-    count = len(captured)
-    if count < 2:
-        raise ValueError(f"data must hold at least 2 examples, to hold one out; got {count}.")
-    order = rng.permutation(count)
-    held_out = np.sort(order[: max(1, round(count * validation_fraction))])
-    fitted = np.sort(order[len(held_out) :])
+    examples = _examples(captured)
+    if len(examples) < 2:
+        raise ValueError(
+            f"data must hold at least 2 examples, to hold one out; got {len(examples)}."
+        )
+    order = examples[rng.permutation(len(examples))]
+    count = _held_out_examples(len(examples), validation_fraction)
+    held_out, fitted = np.sort(order[:count]), np.sort(order[count:])
+    # Tokens of one sequence are alike: they are held out together.
+    if captured.tokens is not None:
+        held_out, fitted = (_rows_of(captured.tokens, part) for part in (held_out, fitted))
     indices = (fitted[:, None] * layout.n_positions + np.arange(layout.n_positions)).ravel()
     if max_rows is not None and len(indices) > max_rows:
         indices = np.sort(rng.choice(indices, max_rows, replace=False))
@@ -336,11 +378,28 @@ def _fit_data(
     return FitData(layout, X, Y, captured.inputs, captured.outputs, held_out)
 
 
-def _gates(
+def _examples(captured: Capture) -> np.ndarray:
+    """The examples that have anything to fit: a mask may leave no token of some."""
+    tokens = captured.tokens
+    return np.arange(len(captured)) if tokens is None else np.flatnonzero(tokens)
+
+
+def _held_out_examples(count: int, validation_fraction: float) -> int:
+    return max(1, round(count * validation_fraction))
+
+
+def _rows_of(tokens: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """The rows of these examples, which have so many tokens each, one example after the other."""
+    chosen = np.zeros(len(tokens), dtype=bool)
+    chosen[examples] = True
+    return np.flatnonzero(np.repeat(chosen, tokens))
+
+
+def choose_gates(
     gates: Any,
     n_gates: int,
     block: nn.Module,
-    captured: Capture,
+    inputs: np.ndarray,
     layout: ConvLayout | DenseLayout,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, str]:
@@ -361,7 +420,7 @@ def _gates(
             G = np.vstack([G, np.zeros((1, G.shape[1]), np.float32)])
     elif source in ("auto", "teacher"):
         try:
-            G = teacher_gates(block, captured.inputs[:16], layout)
+            G = teacher_gates(block, inputs[:16], layout)
         except ValueError:
             if source == "teacher":
                 raise
@@ -375,7 +434,7 @@ def _gates(
     return np.hstack([always, G.astype(np.float32)]), source
 
 
-def _most_parameters(
+def most_parameters(
     layout: ConvLayout | DenseLayout, n_neurons: int | None, block_parameters: int
 ) -> int:
     """The largest student worth fitting; no limit where the user said a size."""

@@ -23,6 +23,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 class BlockTable(Sequence["BlockInfo"]):
     """The blocks of a model in tree order: iterable, indexed by name or position, printable.
 
+    ``table["layer3:layer4"]`` is the sum of a span's blocks: those that the tree has between.
+
     Attributes
     ----------
     model : BlockInfo
@@ -49,10 +51,30 @@ class BlockTable(Sequence["BlockInfo"]):
     def __getitem__(self, which: int | str | slice) -> BlockInfo | Sequence[BlockInfo]:
         if not isinstance(which, str):
             return self._blocks[which]
-        for info in self._blocks:
-            if info.name == which:
-                return info
-        raise KeyError(f"{which!r} is not in the table; it has {[b.name for b in self._blocks]}.")
+        known = {info.name: info for info in self._blocks}
+        if which in known:
+            return known[which]
+        ends = which.split(":")
+        if len(ends) == 2 and all(end in known for end in ends):
+            return self._span(which, known)
+        raise KeyError(f"{which!r} is not in the table; it has {list(known)}.")
+
+    def _span(self, which: str, known: dict[str, BlockInfo]) -> BlockInfo:
+        """The row of ``"first:last"``: the sums of its blocks, between by the order of the tree."""
+        from cvxdistill.adapters import BlockInfo
+        from cvxdistill.adapters.spans import span_of_tree
+
+        blocks = [known[name] for name in span_of_tree(known, which).names]
+        return BlockInfo(
+            name=which,
+            type="span",
+            input_shape=blocks[0].input_shape,
+            output_shape=blocks[-1].output_shape,
+            parameters=sum(block.parameters for block in blocks),
+            share=sum(block.share for block in blocks),
+            multiply_adds=sum(block.multiply_adds for block in blocks),
+            calls=max(block.calls for block in blocks),
+        )
 
     def __str__(self) -> str:
         cells = [HEADINGS]

@@ -48,6 +48,8 @@ class Report:
     chosen : Candidate
     polished : tuple of PolishedCandidate
         Those that were polished, before and after; ``polished[0].polishing`` prints a path.
+    match : str
+        What students were fitted to: the block's outputs, or what follows it.
     """
 
     block: str
@@ -63,6 +65,7 @@ class Report:
     candidates: tuple[Candidate, ...]
     chosen: Candidate
     polished: tuple[PolishedCandidate, ...] = ()
+    match: str = "outputs"
 
     @property
     def parameters(self) -> int:
@@ -112,6 +115,8 @@ class Report:
             "" if self.rows == self.available_rows else f" of {self.available_rows:,}, sampled"
         )
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
+        if self.match != "outputs":
+            sampled += f", {self.match}"
         notes = [
             "* chosen. error: relative activation error on held-out examples; gap: relative "
             "duality gap of",

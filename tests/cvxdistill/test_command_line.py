@@ -154,6 +154,15 @@ def test_distill_writes_a_student_and_a_report_and_measures_accuracy(work: Path)
     assert not [path for path in work.iterdir() if "tmp" in path.name]
 
 
+def test_distill_takes_a_span_of_blocks(work: Path) -> None:
+    arguments = ("distill", f"{work}/net.py:network", "--data", work / "d.npz", "--output",
+                 work / "s.safetensors", "--student", "linear", "--quiet")  # fmt: skip
+    result = run(*arguments, "0:1")
+    assert result.exit_code == 0, result.output
+    assert "Block 0:1: " in result.stdout
+    assert "write '0:1'" in refusal(*arguments, "1:0")
+
+
 def test_options_that_were_given_reach_distill_and_others_keep_its_defaults(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

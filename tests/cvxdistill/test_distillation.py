@@ -294,3 +294,85 @@ def test_early_exit_computes_nothing_behind_the_block(dense):
     watched = nn.Sequential(model.stem, model.body, Counting())
     cvxdistill.distill(watched, "1", X, student="linear", verbose=0)
     assert next(calls) == 0
+
+
+class Stages(nn.Module):
+    """Two strided stages, a pooling and a layer, which run one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU())
+        self.stage1 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16))
+        self.relu = nn.ReLU(inplace=True)
+        self.stage2 = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(inplace=True))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = self.stage2(self.relu(self.stage1(self.stem(x))))
+        return self.head(self.pool(x).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def stages():
+    torch.manual_seed(0)
+    return Stages().eval(), torch.randn(200, 1, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("block", "between", "shapes"),
+    [
+        ("stage1:stage2", ("relu",), ((8, 12, 12), (32, 3, 3))),
+        ("stage2:head", ("pool",), ((16, 6, 6), (5,))),
+    ],
+)
+def test_a_span_is_distilled_into_one_student(stages, block, between, shapes):
+    model, X = stages
+    before = copy.deepcopy(model.state_dict())
+    result = cvxdistill.distill(model, block, X, n_neurons=4, n_gates=8, alpha=1e-2, **QUIET)
+    assert result.span.between == between and result.report.block == block
+    assert (result.student.layout.input_shape, result.student.layout.output_shape) == shapes
+    replaced = [getattr(model, name) for name in result.span.names]
+    assert result.report.block_parameters == sum(
+        p.numel() for m in replaced for p in m.parameters()
+    )
+    assert getattr(result.model, result.span.first) is result.student
+    stored = sum(p.numel() for p in result.model.parameters()) + sum(
+        b.numel() for name, b in result.model.named_buffers() if name.endswith("gate_index")
+    )
+    assert result.report.model_parameters_after == stored
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    with torch.no_grad():
+        error = (result.model(X) - model(X)).norm() / model(X).norm()
+    assert error < 0.5
+    changed = copy.deepcopy(model)
+    again = cvxdistill.distill(
+        changed, block, X, n_neurons=4, n_gates=8, alpha=1e-2, inplace=True, **QUIET
+    )
+    assert again.model is changed
+    with torch.no_grad():
+        torch.testing.assert_close(changed(X), result.model(X))
+
+
+def test_a_strided_span_takes_its_gates_from_its_first_layer(stages):
+    model, X = stages
+    result = cvxdistill.distill(
+        model, "stage1:stage2", X, n_neurons=2, n_gates=4, alpha=1e-2, kernel_size=7, **QUIET
+    )
+    assert result.report.gate_source == "teacher"
+
+
+def test_a_span_that_is_none_is_refused(stages):
+    model, X = stages
+    with pytest.raises(ValueError, match="'stage2' runs before 'pool': write 'stage2:pool'"):
+        cvxdistill.distill(model, "pool:stage2", X, verbose=0)
+
+
+def test_the_model_with_a_students_span_exports(stages):
+    model, X = stages
+    result = cvxdistill.distill(
+        model, "stage1:stage2", X, n_neurons=2, n_gates=4, alpha=1e-2, **QUIET
+    )
+    exported = torch.export.export(result.model.eval(), (X[:4],)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(X[:4]), result.model(X[:4]))

@@ -16,7 +16,17 @@ class Hide:
             raise ModuleNotFoundError("No module named {0}", name=name)
 sys.meta_path.insert(0, Hide())
 """
-DOORS = ["Distillation", "distill", "inspect", "load_student", "swap_block"]
+DOORS = [
+    "Compression",
+    "Distillation",
+    "OnlineStudent",
+    "compress",
+    "distill",
+    "inspect",
+    "load_online",
+    "load_student",
+    "swap_block",
+]
 
 
 def run(code, missing=""):

@@ -36,6 +36,16 @@ def test_blocks_are_read_by_name_by_position_and_in_order(table):
         table["9"]
 
 
+def test_a_span_is_the_sum_of_its_blocks(table):
+    span = table["1:3"]
+    assert span.name == "1:3" and span.calls == 1
+    assert span.input_shape == table["1"].input_shape and span.output_shape == (10,)
+    assert span.parameters == table["1"].parameters + table["3"].parameters
+    assert span.multiply_adds == table["1"].multiply_adds + table["3"].multiply_adds
+    with pytest.raises(KeyError, match="'1:9' is not in the table"):
+        table["1:9"]
+
+
 def test_it_prints_as_an_aligned_table_with_a_total(table):
     lines = str(table).splitlines()
     assert repr(table) == str(table)

@@ -1,0 +1,216 @@
+"""``compress``: make a whole network fit a budget, by students of its blocks, without labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cvxdistill.allocation import Allocation
+from cvxdistill.compression_report import Choice, Compression
+from cvxdistill.distillation import timed
+from cvxdistill.model_size import ModelSize
+from cvxdistill.site_students import SiteStudents
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# How often a build that misses ``max_error`` is repeated with more room.
+MOST_BUILDS = 4
+
+
+def compress(
+    model: nn.Module,
+    data: Any,
+    *,
+    max_parameters: int | None = None,
+    max_bytes: int | None = None,
+    max_error: float | None = None,
+    blocks: str | Sequence[str] = "auto",
+    sequential: bool = True,
+    mask: Any = "auto",
+    max_examples: int | None = 50_000,
+    validation_fraction: float = 0.1,
+    batch_size: int = 256,
+    random_state: int | np.random.Generator | None = 0,
+    verbose: int = 1,
+) -> Compression:
+    """Replace blocks of a network by convex students so that the whole fits a budget.
+
+    1. Sites: layers, blocks and spans that a student could stand in for (``find_sites``).
+    2. Curves: for each site the family of linear students of all ranks, from one set of sums over
+       its activations, and what some of them change in the model's output on held-out examples,
+
+           E = ||F' - F||_F^2 / ||F - mean F||_F^2,
+
+       each alone in the model. Between these E is in proportion to the activation error.
+    3. Allocation: the sites and sizes of the least sum of E within the budget, exactly, by dynamic
+       programming over the layers in the order of their calls.
+    4. Students: each site's in turn is fitted to the activations of the compressed network so far,
+       with the original's outputs as targets, by ridge regression with a certified gap.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it was.
+    data : DataLoader, iterable of batches, tensor, array or dict
+        Inputs of the model; labels beside them are ignored. They are gone through many times;
+        batches of an iterable are kept in memory.
+    max_parameters : int, optional
+        Of the compressed model, all stored numbers of its students included.
+    max_bytes : int, optional
+        Of its parameters and buffers.
+    max_error : float, optional
+        Relative error sqrt(E) of the compressed model's output on held-out examples: the smallest
+        model that does not exceed it is sought. Give one of the three.
+    blocks : "auto" or sequence of str, default="auto"
+        Names of blocks and spans (``"layer3:layer4"``) that may be replaced.
+    sequential : bool, default=True
+        Fit each student to what the compressed network before it gives; False: to what the original
+        gives.
+    mask : "auto", None, str, callable or array, default="auto"
+        Which tokens count, as for ``capture``.
+    max_examples : int or None, default=50_000
+        Use at most this many.
+    validation_fraction : float, default=0.1
+        Share of the examples, at most 2,000, that is held out: they choose.
+    batch_size : int, default=256
+        For data that are one tensor, array or dict.
+    random_state : int, Generator or None, default=0
+        Of held-out examples and sampled rows.
+    verbose : int, default=1
+        0 is silent.
+
+    Returns
+    -------
+    Compression
+        With the new model, the choices, the frontier and a printable report.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not valid; if a budget cannot be met: the message says the smallest
+        possible.
+
+    References
+    ----------
+    Varshney and Pilanci 2024, section 4.1; Izenman 1975 (reduced-rank regression).
+    """
+    from cvxdistill.adapters import Examples, evaluating, find_sites
+
+    _check_arguments(locals())
+    seconds: dict[str, float] = {}
+    rng = np.random.default_rng(random_state)
+    measure = ModelSize(max_bytes is not None)
+    with timed(seconds, "data"):
+        examples = Examples(
+            data,
+            model,
+            batch_size=batch_size,
+            max_examples=max_examples,
+            mask=mask,
+            rng=rng,
+        )
+        found = find_sites(model, examples.small_batch, blocks)
+    work = SiteStudents(
+        model, examples, found.layers, found.sites, validation_fraction, rng, verbose
+    )
+    budget = max_bytes if max_parameters is None else max_parameters
+    total = measure.model(model)
+    with evaluating(model):
+        with timed(seconds, "curves"):
+            options = work.options(measure)
+        with timed(seconds, "allocation"):
+            layer_costs = [measure.layer(model, name) for name in found.layers]
+            fixed = total - sum(layer_costs)
+            # Each cost is rounded up: all layers kept must still fit.
+            whole = total - fixed + total // 100 + len(layer_costs)
+            allocation = Allocation(layer_costs, options, whole)
+        smallest = fixed + allocation.smallest
+        if budget is not None and budget < smallest:
+            raise ValueError(
+                f"{'max_bytes' if measure.bytes else 'max_parameters'}={budget:,} cannot be met: "
+                f"the smallest possible is {smallest:,}. The model has {total:,}."
+            )
+        costs, errors = allocation.curve()
+        with timed(seconds, "students"):
+            if budget is not None:
+                # Anew, with units as fine as the budget allows.
+                chosen = Allocation(layer_costs, options, budget - fixed).choose(budget - fixed)
+                compressed, choices = work.build(chosen, sequential)
+                error = work.output_error(compressed)
+            else:
+                assert max_error is not None
+                compressed, choices, error = _smallest_within(
+                    max_error, work, allocation, costs, errors, sequential
+                )
+    return Compression(
+        model=compressed,
+        choices=tuple(choices),
+        error=error,
+        unit="bytes" if measure.bytes else "parameters",
+        before=total,
+        after=measure.model(compressed),
+        frontier=np.column_stack([costs + fixed, np.sqrt(errors)]),
+        smallest=smallest,
+        sites=tuple(site.name for site in found.sites),
+        examples=len(examples),
+        held_out=work.n_held_out,
+        seconds=seconds,
+    )
+
+
+def _smallest_within(
+    max_error: float,
+    work: SiteStudents,
+    allocation: Allocation,
+    costs: np.ndarray,
+    errors: np.ndarray,
+    sequential: bool,
+) -> tuple[nn.Module, list[Choice], float]:
+    """The smallest predicted to be within the error; again with more room where it was not."""
+    aim = max_error**2
+    for _ in range(MOST_BUILDS):
+        cost = int(costs[np.flatnonzero(errors <= aim)[0]])
+        compressed, choices = work.build(allocation.choose(cost), sequential)
+        error = work.output_error(compressed)
+        if error <= max_error:
+            return compressed, choices, error
+        aim *= 0.8 * (max_error / error) ** 2
+    # The original itself errs by nothing.
+    return copy.deepcopy(work.model), [], 0.0
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse what can be refused before the model is run."""
+    from cvxdistill.adapters import check_model
+
+    check_model(arguments["model"])
+    budgets = {k: arguments[k] for k in ("max_parameters", "max_bytes", "max_error")}
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"give one of {', '.join(budgets)}; got {', '.join(given) if given else 'none'}."
+        )
+    for name in ("max_parameters", "max_bytes", "max_examples", "batch_size"):
+        value = arguments[name]
+        if value is None and name != "batch_size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    for name, most in (("validation_fraction", 1.0), ("max_error", np.inf)):
+        value = arguments[name]
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}.")
+        if not 0 < float(value) < most:
+            raise ValueError(f"{name} must lie in (0, {most:g}), got {value!r}.")
+    blocks = arguments["blocks"]
+    if isinstance(blocks, str) and blocks != "auto":
+        raise ValueError(f"blocks must be 'auto' or a list of names, got {blocks!r}.")
+    if not isinstance(blocks, (str, list, tuple)):
+        raise TypeError(f"blocks must be 'auto' or a list of names, got {type(blocks).__name__}.")

@@ -1,0 +1,391 @@
+"""Students with the nuclear penalty: from streamed sums, for all outputs, globally optimal.
+
+The block's activations are not recorded. Batch by batch they become sums (``GatedStatistics``), of
+one size however many examples there are, and these are all that the factored programme needs.
+Linear operations that follow the block can be part of what is fitted: where positions are averaged
+later, so are the features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cvxdistill.candidates import UNITS, Candidate, activation_error
+from cvxdistill.solvers import (
+    GatedStatistics,
+    HiddenStatistics,
+    LowRankNewton,
+    LowRankProblem,
+    LowRankSolution,
+    Neurons,
+    evaluate_gates,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cvxdistill.adapters import ConvLayout, DenseLayout, Examples, FollowingMap, Span
+
+# The path: this many alphas, from the first share of alpha_max down to the second.
+PATH = (6, 0.1, 1e-3)
+# Hidden units at most, where nobody says.
+MOST_NEURONS = 256
+# Held-out examples are recorded: at most so many.
+MOST_HELD_OUT = 2000
+
+
+@dataclass(frozen=True)
+class StreamedBlock:
+    """A block's sums over fitted examples, and its activations of those held out.
+
+    Attributes
+    ----------
+    span : Span
+    layout : DenseLayout or ConvLayout
+    following : FollowingMap or None
+    G : ndarray of shape (d, p)
+    statistics : GatedStatistics
+        Of all gates; ``linear_statistics`` are those of the first, which is always on.
+    inputs, outputs : ndarray of shape (N, ...)
+        Of the held-out examples.
+    """
+
+    span: Span
+    layout: ConvLayout | DenseLayout
+    following: FollowingMap | None
+    G: np.ndarray = field(repr=False)
+    statistics: GatedStatistics
+    inputs: np.ndarray = field(repr=False)
+    outputs: np.ndarray = field(repr=False)
+
+    @property
+    def linear_statistics(self) -> GatedStatistics:
+        """Sums of the gate that is always on."""
+        s, d = self.statistics, self.statistics.d
+        one = GatedStatistics(1, d, s.c)
+        one.gram += s.gram[:d, :d]
+        one.cross += s.cross[:1]
+        one.feature_sums += s.feature_sums[:1]
+        one.target_sums += s.target_sums
+        one.target_squares += s.target_squares
+        one.n, one.dtype = s.n, s.dtype
+        return one
+
+    def error(self, student: Any) -> float:
+        """Relative activation error on the held-out examples, of what follows the block."""
+        every = np.arange(len(self.inputs))
+        return activation_error(student, self.inputs, self.outputs, every, self.following)
+
+
+def features(
+    layout: ConvLayout | DenseLayout, inputs: np.ndarray, G: np.ndarray, pooled: bool
+) -> Iterator[np.ndarray]:
+    """Gated features A (m, p, d) of some examples, averaged over their positions if ``pooled``."""
+    X = layout.rows(inputs)
+    step = layout.n_positions * max(1, 2048 // layout.n_positions)
+    for start in range(0, X.shape[0], step):
+        x = X[start : start + step]
+        D = evaluate_gates(x, G)
+        A = D[:, :, None] * x[:, None, :]
+        if pooled:
+            A = A.reshape(-1, layout.n_positions, *A.shape[1:]).mean(axis=1)
+        yield A
+
+
+def update(
+    statistics: GatedStatistics,
+    layout: ConvLayout | DenseLayout,
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    G: np.ndarray,
+    following: FollowingMap | None,
+) -> None:
+    """Add examples of a block to its sums."""
+    targets = layout.targets(outputs) if following is None else following(outputs)
+    if following is None or not following.pooled:
+        statistics.update(layout.rows(inputs), np.ascontiguousarray(targets))
+        return
+    start = 0
+    for A in features(layout, inputs, G, pooled=True):
+        statistics.update_features(A, targets[start : start + len(A)])
+        start += len(A)
+
+
+def candidates(
+    block: StreamedBlock,
+    kind: str,
+    *,
+    alpha: float | None,
+    n_neurons: int | None,
+    most_parameters: int,
+    refit: bool,
+    tol: float,
+    max_iter: int,
+    time_limit: float | None,
+    verbose: int,
+) -> list[Candidate]:
+    """Students of a path of alphas: for each size the best, and each solution whole.
+
+    The path ends where solutions have more units than there may be, or nothing gets better.
+    """
+    linear = kind == "linear"
+    statistics = block.linear_statistics if linear else block.statistics
+    start = time.perf_counter()
+    problem = LowRankProblem(statistics)
+    most = n_neurons or MOST_NEURONS
+    solver = LowRankNewton(
+        tol=tol, max_neurons=most, max_iter=max_iter, time_limit=time_limit, verbose=verbose
+    )
+    count, first, last = PATH
+    alpha_max = problem.alpha_max()
+    if alpha is None and alpha_max == 0:
+        alphas = [1.0]
+    else:
+        alphas = (
+            [alpha] if alpha is not None else list(alpha_max * np.geomspace(first, last, count))
+        )
+    sizes = [n_neurons] if n_neurons else [m for m in UNITS if m <= most]
+    best: dict[int, Candidate] = {}
+    solution: LowRankSolution | None = None
+    without_progress = 0
+    for strength in alphas:
+        solution = solver.solve(problem, float(strength), warm_start=solution)
+        progress = False
+        for found in _of_solution(block, kind, statistics, solution, sizes, refit, start):
+            if found.parameters > most_parameters:
+                break
+            known = best.get(found.n_neurons)
+            if known is None or found.error < known.error:
+                progress = True
+                best[found.n_neurons] = found
+        without_progress = 0 if progress else without_progress + 1
+        if without_progress == 2:
+            break
+    return [best[m] for m in sorted(best)]
+
+
+def _of_solution(
+    block: StreamedBlock,
+    kind: str,
+    statistics: GatedStatistics,
+    solution: LowRankSolution,
+    sizes: list[int],
+    refit: bool,
+    start: float,
+) -> Iterator[Candidate]:
+    """The solution's leading units, in each of these numbers and all of them."""
+    from cvxdistill.adapters import build_student
+
+    units = solution.neurons
+    hidden = HiddenStatistics.of_neurons(statistics, units)
+    energy = np.diag(hidden.gram) * np.sum(units.W2.astype(np.float64) ** 2, axis=1)
+    order = np.argsort(-energy, kind="stable")
+    units = Neurons(units.W1[:, order], units.W2[order], units.gate[order])
+    hidden = HiddenStatistics.of_neurons(statistics, units)
+    seconds = time.perf_counter() - start
+    for m in [*(m for m in sizes if m < len(units)), len(units)]:
+        W2, b = units.W2[:m], solution.intercept
+        if refit:
+            W2, b = hidden.first(m).second_layer()
+        elif m < len(units):
+            b = hidden.target_mean - hidden.hidden_mean[:m] @ W2
+        if block.following is not None:
+            W2, b = block.following.before(W2), block.following.offset_before(b)
+        student = build_student(
+            block.layout, units.W1[:, :m], W2, units.gate[:m], block.G, b
+        ).eval()
+        yield Candidate(
+            kind=kind,
+            student=student,
+            alpha=solution.alpha,
+            n_neurons=m,
+            n_gates=student.n_gates,
+            parameters=student.parameters_stored,
+            trainable=student.trainable,
+            error=block.error(student),
+            duality_gap=solution.relative_gap,
+            seconds=seconds,
+        )
+
+
+def stream(
+    model: nn.Module,
+    examples: Examples,
+    span: Span,
+    layout: ConvLayout | DenseLayout,
+    following: FollowingMap | None,
+    G: np.ndarray,
+    held_out: tuple[np.ndarray, np.ndarray],
+    share: float,
+    max_rows: int | None,
+    rng: np.random.Generator,
+    verbose: int,
+) -> StreamedBlock:
+    """Run the model over the fitted examples, and turn what the block takes and gives into sums."""
+    from cvxdistill.adapters import BlockTaps, token_rows
+
+    c = layout.n_outputs if following is None else following.matrix.shape[1]
+    statistics = GatedStatistics(G.shape[1], layout.n_features, c, gates=G)
+    pooled = following is not None and following.pooled
+    fitted = len(examples) - len(held_out[0])
+    high = 1.0
+    if max_rows is not None and pooled:
+        high = share + (1 - share) * min(1.0, max_rows / fitted)
+    taps, done = BlockTaps(model, [span]), 0
+    batches = tqdm(
+        examples.between(share, high), desc="sums", total=len(examples.batches), disable=not verbose
+    )
+    for number, (batch, which) in enumerate(batches):
+        ((input, output),) = taps.run(batch)
+        done += len(which)
+        if pooled:
+            update(statistics, layout, input.numpy(), output.numpy(), G, following)
+            continue
+        keep = examples.masks.of(str(span), number, batch, which, (input, output))
+        left = np.iinfo(np.int64).max
+        if max_rows is not None:
+            left = round(max_rows * done / fitted) - statistics.n
+        if left > 0:
+            X, Y = token_rows(layout, input, output, keep, left, rng)
+            ones = np.ones((len(X), 1), X.dtype)
+            targets = Y if following is None else following(Y[:, :, None])
+            statistics.update(np.hstack([X, ones]), np.ascontiguousarray(targets))
+    return StreamedBlock(span, layout, following, G, statistics, *held_out)
+
+
+def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str, Any]) -> Any:
+    """``distill`` with the nuclear penalty; ``options`` are its checked arguments."""
+    from cvxdistill.adapters import Examples, get_block, swap_block
+    from cvxdistill.adapters.call_structure import StructuredBlock
+    from cvxdistill.adapters.module_tree import span_modules
+    from cvxdistill.adapters.span_search import search_span
+    from cvxdistill.distillation import Distillation, choose_gates, most_parameters, timed
+    from cvxdistill.report import Report
+    from cvxdistill.selection import choose
+
+    rng = np.random.default_rng(options["random_state"])
+    verbose, student, match = options["verbose"], options["student"], options["match"]
+    seconds: dict[str, float] = {}
+    with timed(seconds, "data"):
+        examples = Examples(
+            data,
+            model,
+            batch_size=options["batch_size"],
+            max_examples=options["max_examples"],
+            mask=options["mask"],
+            rng=rng,
+        )
+        span = search_span(model, block, examples.small_batch)
+        following = _following(model, block, match, examples)
+        replaced = span_modules(model, span)
+        target = replaced[0] if len(replaced) == 1 else replaced
+        block_parameters = sum(p.numel() for p in replaced.parameters())
+        count = min(max(1, round(len(examples) * options["validation_fraction"])), MOST_HELD_OUT)
+        share = count / len(examples)
+        layout, held_out = _held_out(model, examples, span, share, options)
+        limit = most_parameters(layout, options["n_neurons"], block_parameters)
+        G, source = np.zeros((layout.n_features, 1), np.float32), "none"
+        if student != "linear":
+            G, source = choose_gates(
+                options["gates"], options["n_gates"], target, held_out[0], layout, rng
+            )
+        _check_memory(G, layout, options["memory_limit"])
+    with timed(seconds, "sums"):
+        streamed = stream(
+            model,
+            examples,
+            span,
+            layout,
+            following,
+            G,
+            held_out,
+            share,
+            options["max_rows"],
+            rng,
+            verbose,
+        )
+    found: list[Candidate] = []
+    names = ("alpha", "n_neurons", "refit", "tol", "max_iter", "time_limit", "verbose")
+    settings = {name: options[name] for name in names}
+    for kind in ("linear",) if student == "linear" else ("linear", "gated"):
+        with timed(seconds, kind):
+            found += candidates(streamed, kind, most_parameters=limit, **settings)
+    chosen = choose(found, student, block_parameters)
+    report = Report(
+        block=block,
+        block_parameters=block_parameters,
+        model_parameters=sum(p.numel() for p in model.parameters()),
+        layout=layout,
+        gate_source=source,
+        examples=len(examples),
+        held_out=count,
+        rows=streamed.statistics.n,
+        available_rows=max(streamed.statistics.n, (len(examples) - count) * layout.n_positions)
+        if following is None
+        else len(examples) - count,
+        seconds=seconds,
+        candidates=tuple(found),
+        chosen=chosen,
+        match=match,
+    )
+    swapped = swap_block(model, span, chosen.student, inplace=options["inplace"])
+    placed: Any = get_block(swapped, span.first)
+    placed = placed.student if isinstance(placed, StructuredBlock) else placed
+    return Distillation(swapped, placed, report, tuple(found), span)
+
+
+def _following(model: nn.Module, block: str, match: str, examples: Examples) -> FollowingMap | None:
+    from cvxdistill.adapters import find_following
+
+    if match == "outputs":
+        return None
+    return find_following(model, block, match, examples.small_batch)
+
+
+def _held_out(
+    model: nn.Module, examples: Examples, span: Span, share: float, options: dict[str, Any]
+) -> tuple[ConvLayout | DenseLayout, tuple[np.ndarray, np.ndarray]]:
+    """The block's layout and its activations of the held-out examples, of tokens row by row."""
+    from cvxdistill.adapters import BlockTaps, DenseLayout, infer_layout
+
+    taps = BlockTaps(model, [span])
+    inputs, outputs = [], []
+    layout: Any = None
+    for number, (batch, which) in enumerate(examples.between(0, share)):
+        ((input, output),) = taps.run(batch)
+        if layout is None:
+            names = ("kernel_size", "stride", "padding")
+            overrides = {name: options[name] for name in names}
+            layout = infer_layout(tuple(input.shape[1:]), tuple(output.shape[1:]), **overrides)
+            if isinstance(layout, DenseLayout) and layout.per_position:
+                ends = layout.input_shape[-1:], layout.output_shape[-1:]
+                layout = DenseLayout(*ends, per_position=True)
+        if input.ndim - 1 > len(layout.input_shape):
+            keep = examples.masks.of(str(span), number, batch, which, (input, output))
+            if keep is not None:
+                input, output = input[keep], output[keep]
+            input = input.reshape(-1, *layout.input_shape)
+            output = output.reshape(-1, *layout.output_shape)
+        inputs.append(input.numpy())
+        outputs.append(output.numpy())
+    for side, arrays in (("input", inputs), ("output", outputs)):
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise ValueError(f"the {side} of block {str(span)!r} contains NaN or infinity.")
+    return layout, (np.concatenate(inputs), np.concatenate(outputs))
+
+
+def _check_memory(G: np.ndarray, layout: ConvLayout | DenseLayout, memory_limit: int) -> None:
+    size = (G.shape[1] * layout.n_features) ** 2 * 8
+    if size > memory_limit:
+        most = int((memory_limit / 8) ** 0.5) // layout.n_features - 1
+        raise ValueError(
+            f"sums over {G.shape[1] - 1} gates and {layout.n_features} features take "
+            f"{size / 2**30:.1f} GiB, more than memory_limit ({memory_limit / 2**30:.1f} GiB): "
+            + (f"at most n_gates={most} fit." if most > 0 else "raise it.")
+        )

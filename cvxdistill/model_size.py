@@ -1,0 +1,39 @@
+"""What a model and its parts cost, in parameters or in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cvxdistill.adapters import Site
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Costs in parameters, or in bytes of parameters and buffers."""
+
+    bytes: bool
+
+    def model(self, model: nn.Module) -> int:
+        """Of all that a model stores; a student's gates count."""
+        return self._of([*model.parameters()], [*model.buffers()])
+
+    def layer(self, model: nn.Module, name: str) -> int:
+        """Of a layer's own parameters."""
+        module = model.get_submodule(name)
+        return self._of([*module.parameters(recurse=False)], [*module.buffers(recurse=False)])
+
+    def student(self, site: Site, numbers: int) -> int:
+        """Of a student in the place of a site."""
+        if not self.bytes:
+            return numbers
+        sizes = [p.element_size() for module in site.modules for p in module.parameters()]
+        return numbers * (sizes[0] if sizes else 4)
+
+    def _of(self, parameters: list[Tensor], buffers: list[Tensor]) -> int:
+        # Tensors under two names are stored once.
+        tensors = {id(t): t for t in parameters + (buffers if self.bytes else [])}
+        return sum(t.numel() * (t.element_size() if self.bytes else 1) for t in tensors.values())

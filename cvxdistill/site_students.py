@@ -1,0 +1,228 @@
+"""The students of a network's sites: sums over activations, what each changes, and their fits."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from cvxdistill.allocation import Option
+from cvxdistill.compression_report import Choice
+from cvxdistill.model_size import ModelSize
+from cvxdistill.solvers import GatedStatistics, ProjectedRidge
+from cvxdistill.student_curves import Size, best_ridge, linear_student, student_sizes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cvxdistill.adapters import Examples, Site
+
+# Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
+CURVE_ROWS, FIT_ROWS = 25, 100
+# Sites that need more examples than this are gone through apart.
+FEW_EXAMPLES = 5000
+# Held-out examples at most; and of these, how many measure the curves.
+MOST_HELD_OUT, MEASURED_EXAMPLES = 2000, 400
+# Students of each block whose effect on the output is measured; the others' is interpolated.
+MEASURED_SIZES = 3
+
+
+class SiteStudents:
+    """The model, its examples and sites: sums, students and what they do to the output."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        layers: Sequence[str],
+        sites: Sequence[Site],
+        validation_fraction: float,
+        rng: np.random.Generator,
+        verbose: int,
+    ) -> None:
+        self.model, self.examples, self.layers, self.sites = model, examples, layers, sites
+        self.rng, self.verbose = rng, verbose
+        n = len(examples)
+        self.n_held_out = max(1, min(round(n * validation_fraction), MOST_HELD_OUT, n - 1))
+        self.share = self.n_held_out / n
+        self._strengths: dict[str, float] = {}
+        self._original: dict[float, tuple[list[np.ndarray], float]] = {}
+
+    def options(self, measure: ModelSize) -> list[Option]:
+        """Students of every site, and the squared error of the output that each is taken to add."""
+        needs = [self._examples_for(site, CURVE_ROWS) for site in self.sites]
+        sums: dict[int, GatedStatistics] = {}
+        # Most sites need few examples: not all of them are recorded for the others' sake.
+        few = [k for k, need in enumerate(needs) if need <= FEW_EXAMPLES]
+        many = [k for k, need in enumerate(needs) if need > FEW_EXAMPLES]
+        for which in filter(None, (few, many)):
+            some, need = [self.sites[k] for k in which], max(needs[k] for k in which)
+            made = self._sums(self.model, some, need, CURVE_ROWS, "activations")
+            sums |= dict(zip(which, made, strict=True))
+        held_out = dict(enumerate(self._sums(self.model, self.sites, None, CURVE_ROWS, "held out")))
+        options: list[Option] = []
+        for k, site in enumerate(tqdm(self.sites, desc="curves", disable=not self.verbose)):
+            ridge = self._ridge(site, sums.pop(k), held_out.pop(k))
+            here = [p for module in site.modules for p in module.parameters()]
+            numbers = sum(p.numel() for p in {id(p): p for p in here}.values())
+            sizes = student_sizes(ridge, site.layout, numbers)
+            if not sizes:
+                continue
+            errors = self._output_errors(site, ridge, sizes)
+            saved = numbers - sum(
+                ModelSize(False).layer(self.model, name)
+                for name in self.layers[site.start : site.stop]
+            )
+            for (size, _), error in zip(sizes, errors, strict=True):
+                cost = measure.student(site, max(0, size.parameters - saved))
+                options.append(Option(site.start, site.stop, cost, error, (site, size, error)))
+        return options
+
+    def _ridge(
+        self, site: Site, sums: GatedStatistics, held_out: GatedStatistics
+    ) -> ProjectedRidge:
+        from cvxdistill.adapters import input_channels
+
+        return best_ridge(sums, held_out, input_channels(site.layout))
+
+    def _output_errors(
+        self, site: Site, ridge: ProjectedRidge, sizes: list[tuple[Size, float]]
+    ) -> np.ndarray:
+        """E of every size: measured for some, in proportion to the activation error between."""
+        from cvxdistill.adapters import swap_block
+
+        places = np.unique(np.linspace(0, len(sizes) - 1, MEASURED_SIZES).round().astype(int))
+        logs = np.log([size.parameters for size, _ in sizes])
+        activation = np.array([max(error, 1e-12) for _, error in sizes])
+        ratios = []
+        for k in places:
+            size = sizes[k][0]
+            student = linear_student(ridge.fit(size.input_rank, size.rank), site.layout)
+            swapped = swap_block(self.model, site.span, student)
+            ratios.append(self._output_error(swapped, MEASURED_EXAMPLES) / activation[k])
+        errors = activation * np.exp(
+            np.interp(logs, logs[places], np.log(np.maximum(ratios, 1e-12)))
+        )
+        return np.asarray(errors)
+
+    def build(self, chosen: Sequence[Option], sequential: bool) -> tuple[nn.Module, list[Choice]]:
+        """Fit the chosen students one after the other, and put each in its place."""
+        from cvxdistill.adapters import swap_block
+
+        compressed = copy.deepcopy(self.model)
+        choices: list[Choice] = []
+        progress = tqdm(chosen, desc="students", disable=not self.verbose)
+        for option in progress:
+            site, size, predicted = option.student
+            progress.set_postfix_str(site.name)
+            start = time.perf_counter()
+            source = compressed if sequential else self.model
+            need = self._examples_for(site, FIT_ROWS)
+            (sums,) = self._sums(source, [site], need, FIT_ROWS, "")
+            (held_out,) = self._sums(source, [site], None, CURVE_ROWS, "")
+            ridge = self._ridge(site, sums, held_out)
+            fit = ridge.refined(size.input_rank, size.rank)
+            student = linear_student(fit, site.layout)
+            compressed = swap_block(compressed, site.span, student, inplace=True)
+            numbers = {id(p): p for module in site.modules for p in module.parameters()}
+            choices.append(
+                Choice(
+                    block=site.name,
+                    student=str(size),
+                    parameters_before=sum(p.numel() for p in numbers.values()),
+                    parameters=student.parameters_stored,
+                    activation_error=math.sqrt(fit.error(held_out)),
+                    output_error=math.sqrt(predicted),
+                    relative_gap=ridge.relative_gap,
+                    rows=sums.n,
+                    seconds=time.perf_counter() - start,
+                )
+            )
+        return compressed.train(self.model.training), choices
+
+    def output_error(self, model: nn.Module) -> float:
+        """sqrt(E) of a model on all held-out examples."""
+        return math.sqrt(self._output_error(model, self.n_held_out))
+
+    def _output_error(self, model: nn.Module, most: int) -> float:
+        """E on at most so many held-out examples."""
+        share = self.share * min(1.0, most / self.n_held_out)
+        if share not in self._original:
+            outputs = list(self._outputs(self.model, share))
+            count = sum(map(len, outputs))
+            mean = sum(f.sum(axis=0, dtype=np.float64) for f in outputs) / count
+            self._original[share] = outputs, sum(float(((f - mean) ** 2).sum()) for f in outputs)
+        outputs, spread = self._original[share]
+        wrong = sum(
+            float(((a - b) ** 2).sum(dtype=np.float64))
+            for a, b in zip(self._outputs(model, share), outputs, strict=True)
+        )
+        if not np.isfinite(wrong):
+            return 1e12
+        return wrong / spread if spread > 0 else wrong
+
+    def _outputs(self, model: nn.Module, share: float) -> Iterator[np.ndarray]:
+        """What the model returns for held-out examples: rows, without masked tokens."""
+        from cvxdistill.adapters import evaluating, model_output
+
+        with evaluating(model):
+            for number, (batch, which) in enumerate(self.examples.between(0, share)):
+                output = model_output(model, batch)
+                keep = self.examples.masks.of("", number, batch, which, (output, output))
+                if keep is not None:
+                    output = output[keep]
+                yield output.reshape(-1, output.shape[-1]).numpy()
+
+    def _examples_for(self, site: Site, rows_per_feature: int) -> int:
+        """Examples that give so many rows for each feature of a site's student."""
+        return math.ceil(rows_per_feature * site.layout.n_features / site.layout.n_positions)
+
+    def _sums(
+        self,
+        source: nn.Module,
+        sites: Sequence[Site],
+        need: int | None,
+        rows_per_feature: int,
+        name: str,
+    ) -> list[GatedStatistics]:
+        """Sums of each site's inputs in ``source`` and outputs in the original.
+
+        Over ``need`` fitted examples, or over the held-out ones.
+        """
+        from cvxdistill.adapters import BlockTaps, token_rows
+
+        low, high, count = 0.0, self.share, self.n_held_out
+        if need is not None:
+            fitted = len(self.examples) - self.n_held_out
+            count = min(need, fitted)
+            low, high = self.share, self.share + (1 - self.share) * count / fitted
+        sums = [GatedStatistics(1, s.layout.n_features - 1, s.layout.n_outputs) for s in sites]
+        taps = BlockTaps(self.model, [site.span for site in sites])
+        inputs = None
+        if source is not self.model:
+            inputs = BlockTaps(source, [site.span for site in sites], inputs_only=True)
+        batches = tqdm(
+            self.examples.between(low, high),
+            total=len(self.examples.batches),
+            desc=name,
+            disable=not self.verbose or not name,
+            leave=False,
+        )
+        done = 0
+        for number, (batch, which) in enumerate(batches):
+            pairs = taps.run(batch)
+            taken = pairs if inputs is None else inputs.run(batch)
+            done += len(which)
+            for site, total, (_, output), (input, _) in zip(sites, sums, pairs, taken, strict=True):
+                keep = self.examples.masks.of(site.name, number, batch, which, (input, output))
+                # As many rows as the share of the examples that has been gone through.
+                wanted = math.ceil(rows_per_feature * site.layout.n_features * done / count)
+                if wanted > total.n:
+                    X, Y = token_rows(site.layout, input, output, keep, wanted - total.n, self.rng)
+                    total.update(X, Y, np.ones((len(X), 1), dtype=bool))
+        return sums

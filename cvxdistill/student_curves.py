@@ -1,0 +1,99 @@
+"""How large a student of one block must be: the family of linear students, and what each loses.
+
+All of them come from one set of sums over the block's activations (``ProjectedRidge``): sizes are
+the ranks of the input channels' projection and of the map, of which those that nothing smaller
+beats are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cvxdistill.solvers import GatedStatistics, LinearFit, ProjectedRidge
+
+if TYPE_CHECKING:
+    from cvxdistill.adapters import ConvLayout, DenseLayout, LinearStudent
+
+# Strengths of the ridge, relative to the mean variance of a feature.
+STRENGTHS = (1e-3, 1e-2, 1e-1)
+# Ranks that are tried, as shares of the channels and of the outputs.
+INPUT_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
+# At most so many students of a block, spread evenly over the logarithm of their size.
+MOST_SIZES = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """Ranks of a linear student; None where one is full.
+
+    Attributes
+    ----------
+    input_rank, rank : int or None
+    parameters : int
+        All stored numbers.
+    """
+
+    input_rank: int | None
+    rank: int | None
+    parameters: int
+
+    def __str__(self) -> str:
+        names = (("channels", self.input_rank), ("rank", self.rank))
+        return ", ".join(f"{name} {value}" for name, value in names if value) or "full"
+
+
+def best_ridge(fitted: GatedStatistics, held_out: GatedStatistics, channels: int) -> ProjectedRidge:
+    """The strength whose full student errs least on sums over held-out examples."""
+    ridges = [ProjectedRidge(fitted, channels, strength) for strength in STRENGTHS]
+    return min(ridges, key=lambda ridge: ridge.fit(None, None).error(held_out))
+
+
+def student_sizes(
+    ridge: ProjectedRidge, layout: ConvLayout | DenseLayout, most_parameters: int
+) -> list[tuple[Size, float]]:
+    """Sizes below ``most_parameters`` that no smaller one beats, and their squared errors.
+
+    From the smallest up; errors are relative to the variance of the targets.
+    """
+    from cvxdistill.adapters import linear_student_size
+
+    found: list[tuple[Size, float]] = []
+    c, channels = layout.n_outputs, ridge.channels
+    input_ranks: list[int | None] = [None]
+    if channels > 1:
+        ranks = {max(1, round(share * channels)) for share in INPUT_SHARES} - {channels}
+        input_ranks += sorted(ranks)
+    for input_rank in input_ranks:
+        smallest = linear_student_size(layout, input_rank, 1)
+        if smallest >= most_parameters:
+            continue
+        errors = ridge.errors(input_rank)
+        features = (layout.n_features - 1) // channels * (input_rank or channels)
+        for rank in range(1, min(c, features) + 1):
+            full = rank == c
+            stored = linear_student_size(layout, input_rank, None if full else rank)
+            if stored < most_parameters:
+                size = Size(input_rank, None if full else rank, stored)
+                found.append((size, float(errors[rank])))
+    found.sort(key=lambda pair: (pair[0].parameters, pair[1]))
+    front: list[tuple[Size, float]] = []
+    for size, error in found:
+        # Less than this is not worth a size of its own.
+        if not front or error < 0.98 * front[-1][1]:
+            front.append((size, error))
+    if len(front) > MOST_SIZES:
+        wanted = np.geomspace(front[0][0].parameters, front[-1][0].parameters, MOST_SIZES)
+        sizes = np.array([size.parameters for size, _ in front])
+        kept = sorted({int(np.abs(np.log(sizes / want)).argmin()) for want in wanted})
+        front = [front[k] for k in kept]
+    return front
+
+
+def linear_student(fit: LinearFit, layout: ConvLayout | DenseLayout) -> LinearStudent:
+    """The deployed student of a fit."""
+    from cvxdistill.adapters import build_linear_student
+
+    return build_linear_student(layout, fit.P, fit.W1, fit.W2, fit.intercept)
