@@ -6,6 +6,7 @@ Imports as ``cvxdistill.adapters``. Needs torch and safetensors, which
 
 from cvxdistill.adapters.block_table import BlockInfo, block_table, measure_blocks
 from cvxdistill.adapters.capture import Capture, capture
+from cvxdistill.adapters.compressed_storage import load_compressed, save_compressed
 from cvxdistill.adapters.following import FollowingMap, find_following
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout, infer_layout
 from cvxdistill.adapters.linear_student import (
@@ -13,6 +14,7 @@ from cvxdistill.adapters.linear_student import (
     build_linear_student,
     input_channels,
     linear_student_size,
+    stored_orders,
 )
 from cvxdistill.adapters.module_tree import (
     check_model,
@@ -21,6 +23,7 @@ from cvxdistill.adapters.module_tree import (
     get_block,
     swap_block,
 )
+from cvxdistill.adapters.sensitivity import output_metrics
 from cvxdistill.adapters.sites import Site, Sites, find_sites
 from cvxdistill.adapters.span_search import find_span
 from cvxdistill.adapters.spans import Span
@@ -69,12 +72,16 @@ __all__ = [
     "infer_layout",
     "input_channels",
     "linear_student_size",
+    "load_compressed",
     "load_online_state",
     "load_student",
     "measure_blocks",
     "model_output",
+    "output_metrics",
+    "save_compressed",
     "save_online_state",
     "save_student",
+    "stored_orders",
     "stored_size",
     "student_neurons",
     "swap_block",

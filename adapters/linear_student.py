@@ -63,7 +63,7 @@ class LinearStudent(nn.Module):
             given = C - input_rank if self.mixes_others else C
             self.project = nn.Conv2d(given, input_rank, 1, bias=False, dtype=dtype)
             if self.mixes_others:
-                self.register_buffer("channel_order", torch.arange(C))
+                self.register_buffer("channel_order", torch.arange(C, dtype=torch.int32))
         width = c if rank is None else rank
         bias = rank is None or self.expands_others
         self.core = patch_layer(inner, width, bias=bias, dtype=dtype)
@@ -71,7 +71,7 @@ class LinearStudent(nn.Module):
             wanted = c - rank if self.expands_others else c
             self.expand = position_layer(layout, rank, bias=True, dtype=dtype, outputs=wanted)
             if self.expands_others:
-                self.register_buffer("output_order", torch.arange(c))
+                self.register_buffer("output_order", torch.arange(c, dtype=torch.int32))
 
     @property
     def parameters_stored(self) -> int:
@@ -137,6 +137,14 @@ def linear_student_size(
         d = d // C * input_rank
         size += _factor_size(input_rank, C)
     return size + (d * c if rank is None else d * rank + _factor_size(rank, c))
+
+
+def stored_orders(
+    layout: DenseLayout | ConvLayout, input_rank: int | None, rank: int | None
+) -> int:
+    """How many of these numbers are orders, which are stored as int32."""
+    sides = ((input_rank, input_channels(layout)), (rank, layout.n_outputs))
+    return sum(of for r, of in sides if r is not None and _saves(r, of))
 
 
 def _saves(rank: int, of: int) -> bool:

@@ -85,7 +85,7 @@ def find_sites(model: nn.Module, batch: Batch, blocks: str | Sequence[str] = "au
     "auto" takes every convolution and linear layer (with the batch norm behind it, where one
     follows), two linear layers with an activation between, every larger block, and the spans from
     a larger block to the end of the model; each if it has its share of the parameters, is called
-    once, maps one tensor to one, and a student can have its shapes.
+    once, maps one floating tensor to one, and a student can have its shapes.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ class _Finder:
     ) -> None:
         self.model, self.batch, self.layers, self.counts = model, batch, layers, counts
         self.total = sum(parameter.numel() for parameter in model.parameters())
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
 
     def automatic(self, root: _Call, calls: list[_Call]) -> list[Site]:
         """All sites that are worth trying."""
@@ -151,11 +151,13 @@ class _Finder:
                     names.append(name)
                     if follows:
                         alone.discard(before.name)
-        names += alone
+        names += [call.name for call in self.layers if call.name in alone]
         larger = [call.name for call in calls if call is not root and list(call.module.children())]
         names += larger
         chain = [call for call in _chain(root) if _size(call.module)]
-        ends = chain[-2:] if _size(chain[-1].module) > SMALLEST_END * self.total else chain[-1:]
+        ends = chain[-1:]
+        if chain and _size(chain[-1].module) > SMALLEST_END * self.total:
+            ends = chain[-2:]
         for k, call in enumerate(chain):
             if list(call.module.children()):
                 names += [f"{call.name}:{end.name}" for end in ends if end in chain[k + 1 :]]
@@ -166,29 +168,39 @@ class _Finder:
 
     def tried(self, name: str) -> Site | None:
         """The site with this name, if there is one that is worth it."""
-        ends = [self.modules[part] for part in name.split(":")]
+        names = name.split(":") if is_span(self.model, name) else [name]
+        ends = [self.modules[part] for part in names]
         if sum(map(_size, ends)) < SMALLEST_SHARE * self.total and len(ends) == 1:
             return None
         if any(self.counts.get(id(module)) != 1 for module in ends):
             return None
         try:
             check_swappable(self.model, name)
-            return self.site(name)
+            site = self.site(name, floating=True)
         except ValueError:
             return None
+        enough = sum(map(_size, site.modules)) >= SMALLEST_SHARE * self.total
+        return site if enough else None
 
-    def site(self, name: str) -> Site:
-        """The site with this name; ValueError if it cannot be one."""
+    def site(self, name: str, floating: bool = False) -> Site:
+        """The site with this name; ValueError if it cannot be one, or takes no ``floating``."""
         span = search_span(self.model, name, self.batch)
         modules = tuple(self.modules[part] for part in span.names)
         inside = {id(module) for part in modules for module in part.modules()}
+        mine = {id(p) for part in modules for p in part.parameters()}
+        for known, module in self.model.named_modules():
+            own = module.parameters(recurse=False)
+            if id(module) not in inside and any(id(p) in mine for p in own):
+                raise ValueError(f"block {name!r} shares parameters with {known!r}, which stays.")
         covered = [k for k, call in enumerate(self.layers) if id(call.module) in inside]
         if not covered:
             raise ValueError(f"block {name!r} has no parameters.")
         start, stop = covered[0], covered[-1] + 1
         if len(covered) != stop - start:
             raise ValueError(f"other layers run between those of block {name!r}.")
-        shapes = _shapes(self.model, span, self.batch)
+        shapes, is_floating = _shapes(self.model, span, self.batch)
+        if floating and not is_floating:
+            raise ValueError(f"block {name!r} takes no floating numbers.")
         layout = _layout(modules[0] if len(modules) < 3 else None, *shapes)
         return Site(
             name if is_span(self.model, name) else span.first, span, start, stop, layout, modules
@@ -237,16 +249,18 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _shapes(model: nn.Module, span: Span, batch: Batch) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one example at the two ends of a span."""
-    found: dict[str, tuple[int, ...]] = {}
+def _shapes(
+    model: nn.Module, span: Span, batch: Batch
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], bool]:
+    """Shapes of one example at the two ends of a span, and whether it takes floating numbers."""
+    found: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found["input"] = tuple(main_input(args, kwargs).shape[1:])
+        found["input"] = main_input(args, kwargs)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found["output"] = tuple(Structure.split(output)[0].shape[1:])
+        found["output"] = Structure.split(output)[0]
 
     handles = [
         modules[span.first].register_forward_pre_hook(before, with_kwargs=True),
@@ -258,7 +272,8 @@ def _shapes(model: nn.Module, span: Span, batch: Batch) -> tuple[tuple[int, ...]
     finally:
         for handle in handles:
             handle.remove()
-    return found["input"], found["output"]
+    taken, given = found["input"], found["output"]
+    return (tuple(taken.shape[1:]), tuple(given.shape[1:])), taken.is_floating_point()
 
 
 def _watch(model: nn.Module, batch: Batch) -> _Call:

@@ -66,7 +66,7 @@ def save_student(student: GatedStudent, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(student, GatedStudent):
         raise TypeError(f"student must be a GatedStudent, got {type(student).__name__}.")
-    _write(student.state_dict(), {"format": FORMAT, "student": _header(student)}, path)
+    write_tensors(student.state_dict(), {"format": FORMAT, "student": _header(student)}, path)
 
 
 def load_student(path: str | os.PathLike[str]) -> GatedStudent:
@@ -81,7 +81,7 @@ def load_student(path: str | os.PathLike[str]) -> GatedStudent:
     ValueError
         If it is not a safetensors file, not a student, of another format version, or damaged.
     """
-    metadata, tensors = _read(path, (FORMAT, ONLINE_FORMAT), "no student")
+    metadata, tensors = read_tensors(path, (FORMAT, ONLINE_FORMAT), "no student")
     if metadata["format"] == ONLINE_FORMAT:
         tensors = _named(tensors, STUDENT)
     return _student(metadata, tensors, path)
@@ -104,7 +104,7 @@ def save_online_state(state: OnlineState, path: str | os.PathLike[str]) -> None:
         "student": _header(state.student),
         "options": json.dumps(dict(state.options)),
     }
-    _write(tensors, metadata, path)
+    write_tensors(tensors, metadata, path)
 
 
 def load_online_state(path: str | os.PathLike[str]) -> OnlineState:
@@ -118,7 +118,7 @@ def load_online_state(path: str | os.PathLike[str]) -> OnlineState:
         If it is not a safetensors file, holds no statistics, is of another format version, or is
         damaged.
     """
-    metadata, tensors = _read(path, (ONLINE_FORMAT,), "no student that is refined online")
+    metadata, tensors = read_tensors(path, (ONLINE_FORMAT,), "no student that is refined online")
     student = _student(metadata, _named(tensors, STUDENT), path)
     try:
         statistics = HiddenStatistics.from_arrays(_arrays(tensors, STATISTICS))
@@ -135,9 +135,10 @@ def load_online_state(path: str | os.PathLike[str]) -> OnlineState:
     return OnlineState(student, statistics, (W2, intercept), options)
 
 
-def _write(
+def write_tensors(
     tensors: Mapping[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]
 ) -> None:
+    """Write tensors and a header under a temporary name, and rename the file."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {path.parent} does not exist.")
@@ -151,7 +152,7 @@ def _write(
         temporary.unlink(missing_ok=True)
 
 
-def _read(
+def read_tensors(
     path: str | os.PathLike[str], formats: tuple[str, ...], lacking: str
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file in one of these formats."""
@@ -219,17 +220,26 @@ def _student(
 
 def _empty_student(header: dict[str, Any]) -> GatedStudent:
     """Build the module that the header describes, its weights still to be read."""
-    layout = dict(header["layout"])
-    classes = {"DenseLayout": DenseLayout, "ConvLayout": ConvLayout}
-    layout_class = classes[layout.pop("class")]
-    dtype = getattr(torch, header["dtype"])
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {header['dtype']!r} is unknown.")
     return GatedStudent(
-        layout_class(**layout),
+        layout_of(header["layout"]),
         n_units=header["n_units"],
         n_gates=header["n_gates"],
         linear_rank=header["linear_rank"],
         shared_gates=header["shared_gates"],
-        dtype=dtype,
+        dtype=dtype_of(header["dtype"]),
     )
+
+
+def layout_of(header: dict[str, Any]) -> DenseLayout | ConvLayout:
+    """The layout that a header describes."""
+    layout = dict(header)
+    classes = {"DenseLayout": DenseLayout, "ConvLayout": ConvLayout}
+    return classes[layout.pop("class")](**layout)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype with this name, as "float32"."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {name!r} is unknown.")
+    return dtype

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cvxdistill.adapters import load_student, swap_block
+    from cvxdistill.adapters import load_compressed, load_student, swap_block
     from cvxdistill.compression import compress
     from cvxdistill.compression_report import Compression
     from cvxdistill.distillation import Distillation, distill
@@ -34,6 +34,7 @@ __all__ = [
     "compress",
     "distill",
     "inspect",
+    "load_compressed",
     "load_online",
     "load_student",
     "polish",
@@ -55,6 +56,7 @@ _TORCH_DOORS = {
     "distill": "cvxdistill.distillation",
     "inspect": "cvxdistill.inspection",
     "load_online": "cvxdistill.online",
+    "load_compressed": "cvxdistill.adapters",
     "load_student": "cvxdistill.adapters",
     "swap_block": "cvxdistill.adapters",
 }

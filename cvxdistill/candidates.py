@@ -36,6 +36,9 @@ UNITS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # The gated programme sees at most this many leading principal components of the outputs; the
 # second layer is refitted to all of them afterwards.
 MOST_COMPONENTS = 32
+# Students are judged on about so many bytes of inputs and outputs at a time: tokens are small rows,
+# images are not.
+BATCH_BYTES = 16 * 2**20
 # Strengths of the ridge, relative to the mean variance of a feature.
 RIDGE_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
 # The gated path: this many alphas, from the first share of alpha_max down to the second.
@@ -76,7 +79,6 @@ def activation_error(
     outputs: np.ndarray,
     examples: np.ndarray,
     following: FollowingMap | None = None,
-    batch_size: int = 256,
 ) -> float:
     """||Y' - Y||_F / ||Y||_F of a student on some examples, of what follows it where that is given.
 
@@ -88,10 +90,11 @@ def activation_error(
     examples : ndarray of int
     following : FollowingMap, optional
         Y and Y' are what it makes of the outputs.
-    batch_size : int, default=256
     """
     import torch
 
+    example_bytes = (inputs[:1].nbytes + outputs[:1].nbytes) or 1
+    batch_size = max(1, BATCH_BYTES // example_bytes)
     wrong = total = 0.0
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]

@@ -46,7 +46,8 @@ def compress(
 
            E = ||F' - F||_F^2 / ||F - mean F||_F^2,
 
-       each alone in the model. Between these E is in proportion to the activation error.
+       each alone in the model. Between these E is in proportion to the activation error. Outputs of
+       a block are weighted by how the rest of the network uses them (``output_metrics``).
     3. Allocation: the sites and sizes of the least sum of E within the budget, exactly, by dynamic
        programming over the layers in the order of their calls.
     4. Students: each site's in turn is fitted to the activations of the compressed network so far,
@@ -147,6 +148,7 @@ def compress(
                 compressed, choices, error = _smallest_within(
                     max_error, work, allocation, costs, errors, sequential
                 )
+    spans = {site.name: site.span for site in found.sites}
     return Compression(
         model=compressed,
         choices=tuple(choices),
@@ -156,6 +158,7 @@ def compress(
         after=measure.model(compressed),
         frontier=np.column_stack([costs + fixed, np.sqrt(errors)]),
         smallest=smallest,
+        spans=tuple(spans[choice.block] for choice in choices),
         sites=tuple(site.name for site in found.sites),
         examples=len(examples),
         held_out=work.n_held_out,

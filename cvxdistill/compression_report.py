@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
+
+    from cvxdistill.adapters import Span
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Compression:
         The size and the predicted error of the best allocation for every budget, by size.
     smallest : int
         The smallest possible size.
+    spans : tuple of Span
+        Where the students are, in the order of ``choices``.
     sites : tuple of str
         All blocks and spans that were tried.
     examples, held_out : int
@@ -82,10 +87,25 @@ class Compression:
     after: int
     frontier: np.ndarray = field(repr=False)
     smallest: int
+    spans: tuple[Span, ...] = field(repr=False)
     sites: tuple[str, ...] = field(repr=False)
     examples: int
     held_out: int
     seconds: dict[str, float] = field(repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the compressed model to a safetensors file; ``load_compressed`` reads it.
+
+        Raises
+        ------
+        ValueError
+            If a student's place is a block that returns more than a tensor.
+        OSError
+            If the file cannot be written. An existing file is replaced only when all is written.
+        """
+        from cvxdistill.adapters import save_compressed
+
+        save_compressed(self.model, self.spans, path)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the choices as a pandas frame, one a row."""

@@ -18,20 +18,26 @@ class ModelSize:
     bytes: bool
 
     def model(self, model: nn.Module) -> int:
-        """Of all that a model stores; a student's gates count."""
-        return self._of([*model.parameters()], [*model.buffers()])
+        """Of all that a model stores: of students also what is no parameter, such as an order."""
+        from cvxdistill.adapters import GatedStudent, LinearStudent
+
+        parameters: list[Tensor] = [*model.parameters()]
+        for module in model.modules():
+            if isinstance(module, (GatedStudent, LinearStudent)):
+                parameters += module.buffers()
+        return self._of(parameters, [*model.buffers()])
 
     def layer(self, model: nn.Module, name: str) -> int:
         """Of a layer's own parameters."""
         module = model.get_submodule(name)
         return self._of([*module.parameters(recurse=False)], [*module.buffers(recurse=False)])
 
-    def student(self, site: Site, numbers: int) -> int:
-        """Of a student in the place of a site."""
+    def student(self, site: Site, numbers: int, orders: int) -> int:
+        """Of a student with so many numbers, some of them orders in int32, in a site's place."""
         if not self.bytes:
             return numbers
         sizes = [p.element_size() for module in site.modules for p in module.parameters()]
-        return numbers * (sizes[0] if sizes else 4)
+        return (numbers - orders) * sizes[0] + orders * 4
 
     def _of(self, parameters: list[Tensor], buffers: list[Tensor]) -> int:
         # Tensors under two names are stored once.

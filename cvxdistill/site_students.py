@@ -15,7 +15,13 @@ from cvxdistill.allocation import Option
 from cvxdistill.compression_report import Choice
 from cvxdistill.model_size import ModelSize
 from cvxdistill.solvers import GatedStatistics, ProjectedRidge
-from cvxdistill.student_curves import Size, best_ridge, linear_student, student_sizes
+from cvxdistill.student_curves import (
+    Size,
+    Weighting,
+    best_ridge,
+    linear_student,
+    student_sizes,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +30,8 @@ if TYPE_CHECKING:
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
 CURVE_ROWS, FIT_ROWS = 25, 100
+# Held-out examples that say how the network uses a block's outputs.
+METRIC_EXAMPLES = 400
 # Sites that need more examples than this are gone through apart.
 FEW_EXAMPLES = 5000
 # Held-out examples at most; and of these, how many measure the curves.
@@ -50,11 +58,14 @@ class SiteStudents:
         n = len(examples)
         self.n_held_out = max(1, min(round(n * validation_fraction), MOST_HELD_OUT, n - 1))
         self.share = self.n_held_out / n
-        self._strengths: dict[str, float] = {}
+        self._weightings: dict[str, Weighting] = {}
         self._original: dict[float, tuple[list[np.ndarray], float]] = {}
 
     def options(self, measure: ModelSize) -> list[Option]:
         """Students of every site, and the squared error of the output that each is taken to add."""
+        from cvxdistill.adapters import stored_orders
+
+        self._set_weightings()
         needs = [self._examples_for(site, CURVE_ROWS) for site in self.sites]
         sums: dict[int, GatedStatistics] = {}
         # Most sites need few examples: not all of them are recorded for the others' sake.
@@ -79,9 +90,24 @@ class SiteStudents:
                 for name in self.layers[site.start : site.stop]
             )
             for (size, _), error in zip(sizes, errors, strict=True):
-                cost = measure.student(site, max(0, size.parameters - saved))
+                orders = stored_orders(site.layout, size.input_rank, size.rank)
+                cost = measure.student(site, max(0, size.parameters - saved), orders)
                 options.append(Option(site.start, site.stop, cost, error, (site, size, error)))
         return options
+
+    def _set_weightings(self) -> None:
+        """A weighting of each site's outputs by how the rest of the network uses them."""
+        from cvxdistill.adapters import output_metrics
+
+        share = self.share * min(1.0, METRIC_EXAMPLES / self.n_held_out)
+        batches = (batch for batch, _ in self.examples.between(0, share))
+        spans = [site.span for site in self.sites]
+        metrics = output_metrics(self.model, spans, batches, self.rng)
+        for site, metric in zip(self.sites, metrics, strict=True):
+            if metric is not None and len(metric) == site.layout.n_outputs:
+                weighting = Weighting.of(metric)
+                if weighting is not None:
+                    self._weightings[site.name] = weighting
 
     def _ridge(
         self, site: Site, sums: GatedStatistics, held_out: GatedStatistics
@@ -102,7 +128,8 @@ class SiteStudents:
         ratios = []
         for k in places:
             size = sizes[k][0]
-            student = linear_student(ridge.fit(size.input_rank, size.rank), site.layout)
+            fit = ridge.fit(size.input_rank, size.rank)
+            student = linear_student(fit, site.layout, self._weightings.get(site.name))
             swapped = swap_block(self.model, site.span, student)
             ratios.append(self._output_error(swapped, MEASURED_EXAMPLES) / activation[k])
         errors = activation * np.exp(
@@ -127,7 +154,7 @@ class SiteStudents:
             (held_out,) = self._sums(source, [site], None, CURVE_ROWS, "")
             ridge = self._ridge(site, sums, held_out)
             fit = ridge.refined(size.input_rank, size.rank)
-            student = linear_student(fit, site.layout)
+            student = linear_student(fit, site.layout, self._weightings.get(site.name))
             compressed = swap_block(compressed, site.span, student, inplace=True)
             numbers = {id(p): p for module in site.modules for p in module.parameters()}
             choices.append(
@@ -224,5 +251,8 @@ class SiteStudents:
                 wanted = math.ceil(rows_per_feature * site.layout.n_features * done / count)
                 if wanted > total.n:
                     X, Y = token_rows(site.layout, input, output, keep, wanted - total.n, self.rng)
+                    weighting = self._weightings.get(site.name)
+                    if weighting is not None:
+                        Y = Y @ weighting.root.astype(Y.dtype)
                     total.update(X, Y, np.ones((len(X), 1), dtype=bool))
         return sums

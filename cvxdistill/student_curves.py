@@ -24,6 +24,9 @@ INPUT_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 # At most so many students of a block, spread evenly over the logarithm of their size.
 MOST_SIZES = 16
 
+# What the weights of outputs are raised by, relative to their mean.
+METRIC_FLOOR = 0.1
+
 
 @dataclass(frozen=True)
 class Size:
@@ -92,8 +95,41 @@ def student_sizes(
     return front
 
 
-def linear_student(fit: LinearFit, layout: ConvLayout | DenseLayout) -> LinearStudent:
-    """The deployed student of a fit."""
+@dataclass(frozen=True)
+class Weighting:
+    """The metric in which errors of a block's outputs count, as a change of their basis.
+
+    Attributes
+    ----------
+    root, inverse : ndarray of shape (c, c)
+        Targets are multiplied by the root, second layers by its inverse.
+    """
+
+    root: np.ndarray
+    inverse: np.ndarray
+
+    @classmethod
+    def of(cls, metric: np.ndarray) -> Weighting | None:
+        """From J^T J (c, c), raised a little: it is of a few examples, and only to first order."""
+        values, vectors = np.linalg.eigh(metric)
+        mean = float(values.mean())
+        if not mean > 0:
+            return None
+        values = np.maximum(values / mean, 0) + METRIC_FLOOR
+        return cls((vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T)
+
+
+def linear_student(
+    fit: LinearFit, layout: ConvLayout | DenseLayout, weighting: Weighting | None = None
+) -> LinearStudent:
+    """The deployed student of a fit to weighted targets."""
     from cvxdistill.adapters import build_linear_student
 
-    return build_linear_student(layout, fit.P, fit.W1, fit.W2, fit.intercept)
+    W1, W2, b = fit.W1, fit.W2, fit.intercept
+    if weighting is not None:
+        b = b @ weighting.inverse
+        if W2 is None:
+            W1 = W1 @ weighting.inverse
+        else:
+            W2 = W2 @ weighting.inverse
+    return build_linear_student(layout, fit.P, W1, W2, b)

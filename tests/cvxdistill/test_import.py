@@ -23,6 +23,7 @@ DOORS = [
     "compress",
     "distill",
     "inspect",
+    "load_compressed",
     "load_online",
     "load_student",
     "swap_block",
