@@ -43,6 +43,12 @@ class Option:
     student: Any = None
 
 
+def largest_budget(layer_costs: Sequence[int]) -> int:
+    """A budget within which all layers can be kept, although each cost is rounded up."""
+    spare = len(layer_costs) + 1
+    return -(-(sum(layer_costs) + spare) * BINS // max(1, BINS - spare))
+
+
 class Allocation:
     """The best choices among options, for every budget up to a largest one.
 
@@ -91,11 +97,19 @@ class Allocation:
     @property
     def smallest(self) -> int:
         """The least cost of all, whatever the error: no budget below it can be met."""
-        least = [0]
+        return self._smallest()[0]
+
+    def _smallest(self) -> tuple[int, list[Option]]:
+        """The least cost, not rounded, and the students that give it."""
+        least: list[tuple[int, list[Option]]] = [(0, [])]
         for stop in range(1, len(self.layer_costs) + 1):
-            costs = [least[-1] + self.layer_costs[stop - 1]]
-            costs += [least[o.start] + o.cost for o in self.options if o.stop == stop]
-            least.append(min(costs))
+            cost, chosen = least[-1]
+            ways = [(cost + self.layer_costs[stop - 1], chosen)]
+            for option in self.options:
+                if option.stop == stop:
+                    cost, chosen = least[option.start]
+                    ways.append((cost + option.cost, [*chosen, option]))
+            least.append(min(ways, key=lambda way: way[0]))
         return least[-1]
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +130,13 @@ class Allocation:
         ValueError
             If the budget is below ``smallest``.
         """
+        if sum(self.layer_costs) <= budget:
+            return []
         left = min(int(budget), self.budget) // self.unit
+        cost, smallest = self._smallest()
+        if cost <= budget and (left < 0 or not np.isfinite(self._least[-1, left])):
+            # Within the budget, but not once it is rounded up.
+            return smallest
         if left < 0 or not np.isfinite(self._least[-1, left]):
             raise ValueError(f"the smallest possible cost is {self.smallest:,}, got {budget:,}.")
         chosen: list[Option] = []

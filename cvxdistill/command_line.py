@@ -1,4 +1,4 @@
-"""The command line: ``cvxdistill demo``, ``inspect`` and ``distill``.
+"""The command line: ``cvxdistill demo``, ``inspect``, ``distill`` and ``compress``.
 
 torch and the adapters are imported inside the commands, so that ``--help`` is quick and works
 without them.
@@ -227,19 +227,97 @@ def distill(
     given = {name: value for name, value in options.items() if value is not None}
     result = distill(module, block, inputs, verbose=0 if quiet else 1, **given)
     click.echo(str(result.report))
-    if labels is not None:
-        before = _accuracy(module, inputs, labels)
-        after = _accuracy(result.model, inputs, labels)
-        if before is None or after is None:
-            click.echo("accuracy: not measured, because the labels are not one class an output row")
-        else:
-            click.echo(f"accuracy on these {len(inputs):,} inputs: {before:.2%} -> {after:.2%}")
+    _say_accuracies(module, result.model, inputs, labels)
     if report is not None:
         with replacing(report) as temporary:
             result.report.to_frame().to_csv(temporary)
         click.echo(f"report: {report}")
     result.save(output)
     click.echo(f"student: {output}")
+
+
+@main.command()
+@_MODEL
+@click.option(
+    "--data", metavar="PATH", required=True, help="Inputs: .npy, .npz or a folder of images."
+)
+@_WEIGHTS
+@_data_options
+@click.option("--limit", type=click.IntRange(min=1), help="Use at most so many inputs.")
+@click.option("--max-parameters", type=click.IntRange(min=1), help="Numbers of the whole.")
+@click.option("--max-bytes", type=click.IntRange(min=1), help="Bytes of the whole.")
+@click.option("--max-error", type=float, help="Relative error of the output, held out.")
+@click.option("--blocks", help="Only these, with commas between; spans as first:last.")
+@click.option("--seed", "random_state", type=click.IntRange(min=0), help="For samples.")
+@click.option(
+    "--output",
+    metavar="FILE",
+    default="compressed.safetensors",
+    show_default=True,
+    help="Where to save the compressed model.",
+)
+@click.option("--frontier", metavar="FILE", help="Also draw size against error, to this PNG.")
+@click.option("--quiet", is_flag=True, help="No progress, only the result.")
+def compress(
+    model: str,
+    data: str,
+    weights: str | None,
+    key: str | None,
+    size: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    limit: int | None,
+    blocks: str | None,
+    output: str,
+    frontier: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Make the whole of MODEL fit a budget and save it.
+
+    MODEL is package.module:factory or path/file.py:factory. Give one of --max-parameters,
+    --max-bytes and --max-error. cvxdistill.load_compressed(factory(), FILE) reads the result.
+    Labels in the data serve only to measure the accuracy before and after.
+    """
+    check_parent(output, "--output")
+    places = [check_parent(frontier, "--frontier").resolve()] if frontier is not None else []
+    if Path(output).resolve() in places:
+        raise ValueError(f"--output and --frontier both name {output}.")
+    from cvxdistill.adapters.data_loading import load_images_or_array
+    from cvxdistill.adapters.model_loading import load_model
+    from cvxdistill.compression import compress
+
+    module = load_model(model, weights)
+    inputs, labels = load_images_or_array(data, key=key, size=size, mean=mean, std=std, limit=limit)
+    _check_runs(module, inputs[:1])
+    given = {name: value for name, value in options.items() if value is not None}
+    if blocks is not None:
+        given["blocks"] = [name.strip() for name in blocks.split(",")]
+    result = compress(module, inputs, verbose=0 if quiet else 1, **given)
+    click.echo(str(result))
+    _say_accuracies(module, result.model, inputs, labels)
+    if frontier is not None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        ax = result.plot_frontier()
+        with replacing(frontier) as temporary:
+            ax.figure.savefig(temporary, format="png", dpi=110)
+        click.echo(f"frontier: {frontier}")
+    result.save(output)
+    click.echo(f"model: {output}")
+
+
+def _say_accuracies(
+    module: nn.Module, smaller: nn.Module, inputs: np.ndarray, labels: np.ndarray | None
+) -> None:
+    if labels is not None:
+        before = _accuracy(module, inputs, labels)
+        after = _accuracy(smaller, inputs, labels)
+        if before is None or after is None:
+            click.echo("accuracy: not measured, because the labels are not one class an output row")
+        else:
+            click.echo(f"accuracy on these {len(inputs):,} inputs: {before:.2%} -> {after:.2%}")
 
 
 def _run(model: nn.Module, inputs: np.ndarray) -> Any:

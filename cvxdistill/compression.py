@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cvxdistill.allocation import Allocation
+from cvxdistill.allocation import Allocation, largest_budget
 from cvxdistill.compression_report import Choice, Compression
 from cvxdistill.distillation import timed
 from cvxdistill.model_size import ModelSize
@@ -127,9 +127,7 @@ def compress(
         with timed(seconds, "allocation"):
             layer_costs = [measure.layer(model, name) for name in found.layers]
             fixed = total - sum(layer_costs)
-            # Each cost is rounded up: all layers kept must still fit.
-            whole = total - fixed + total // 100 + len(layer_costs)
-            allocation = Allocation(layer_costs, options, whole)
+            allocation = Allocation(layer_costs, options, largest_budget(layer_costs))
         smallest = fixed + allocation.smallest
         if budget is not None and budget < smallest:
             raise ValueError(
@@ -149,6 +147,11 @@ def compress(
                     max_error, work, allocation, costs, errors, sequential
                 )
     spans = {site.name: site.span for site in found.sites}
+    flags = {name: module.training for name, module in model.named_modules()}
+    for name, module in compressed.named_modules():
+        # A student's parts take its flag.
+        flags.setdefault(name, flags[name.rpartition(".")[0]])
+        module.training = flags[name]
     return Compression(
         model=compressed,
         choices=tuple(choices),
@@ -156,7 +159,8 @@ def compress(
         unit="bytes" if measure.bytes else "parameters",
         before=total,
         after=measure.model(compressed),
-        frontier=np.column_stack([costs + fixed, np.sqrt(errors)]),
+        # Costs were rounded up.
+        frontier=np.column_stack([np.minimum(costs + fixed, total), np.sqrt(errors)]),
         smallest=smallest,
         spans=tuple(spans[choice.block] for choice in choices),
         sites=tuple(site.name for site in found.sites),

@@ -233,7 +233,8 @@ def stream(
     c = layout.n_outputs if following is None else following.matrix.shape[1]
     statistics = GatedStatistics(G.shape[1], layout.n_features, c, gates=G)
     pooled = following is not None and following.pooled
-    fitted = len(examples) - len(held_out[0])
+    # Held-out activations of tokens are more than examples.
+    fitted = len(examples) - round(share * len(examples))
     high = 1.0
     if max_rows is not None and pooled:
         high = share + (1 - share) * min(1.0, max_rows / fitted)
@@ -283,10 +284,12 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
         )
         span = search_span(model, block, examples.small_batch)
         following = _following(model, block, match, examples)
+        pooled = following is not None and following.pooled
         replaced = span_modules(model, span)
         target = replaced[0] if len(replaced) == 1 else replaced
         block_parameters = sum(p.numel() for p in replaced.parameters())
-        count = min(max(1, round(len(examples) * options["validation_fraction"])), MOST_HELD_OUT)
+        count = round(len(examples) * options["validation_fraction"])
+        count = max(1, min(count, MOST_HELD_OUT, len(examples) - 1))
         share = count / len(examples)
         layout, held_out = _held_out(model, examples, span, share, options)
         limit = most_parameters(layout, options["n_neurons"], block_parameters)
@@ -326,9 +329,10 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
         examples=len(examples),
         held_out=count,
         rows=streamed.statistics.n,
-        available_rows=max(streamed.statistics.n, (len(examples) - count) * layout.n_positions)
-        if following is None
-        else len(examples) - count,
+        available_rows=max(
+            streamed.statistics.n,
+            (len(examples) - count) * (1 if pooled else layout.n_positions),
+        ),
         seconds=seconds,
         candidates=tuple(found),
         chosen=chosen,

@@ -24,9 +24,10 @@ from cvxdistill.student_curves import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from cvxdistill.adapters import Examples, Site
+    from cvxdistill.adapters.batches import Batch
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
 CURVE_ROWS, FIT_ROWS = 25, 100
@@ -200,10 +201,26 @@ class SiteStudents:
         with evaluating(model):
             for number, (batch, which) in enumerate(self.examples.between(0, share)):
                 output = model_output(model, batch)
-                keep = self.examples.masks.of("", number, batch, which, (output, output))
+                keep = self._keep("", number, batch, which, (output, output))
                 if keep is not None:
                     output = output[keep]
-                yield output.reshape(-1, output.shape[-1]).numpy()
+                # Channels of images come second; of numbers alone each is its own row.
+                output = output.movedim(1, -1) if output.ndim > 3 else output
+                width = output.shape[-1] if output.ndim > 1 else 1
+                yield output.reshape(-1, width).numpy()
+
+    def _keep(
+        self,
+        name: str,
+        number: int,
+        batch: Batch,
+        which: np.ndarray,
+        pair: tuple[Tensor, Tensor],
+    ) -> Tensor | None:
+        """The tokens that count, or None for all; a mask is not for what maps no tokens."""
+        if pair[0].ndim != 3 or pair[0].shape[:2] != pair[1].shape[:2]:
+            return None
+        return self.examples.masks.of(name, number, batch, which, pair)
 
     def _examples_for(self, site: Site, rows_per_feature: int) -> int:
         """Examples that give so many rows for each feature of a site's student."""
@@ -246,7 +263,7 @@ class SiteStudents:
             taken = pairs if inputs is None else inputs.run(batch)
             done += len(which)
             for site, total, (_, output), (input, _) in zip(sites, sums, pairs, taken, strict=True):
-                keep = self.examples.masks.of(site.name, number, batch, which, (input, output))
+                keep = self._keep(site.name, number, batch, which, (input, output))
                 # As many rows as the share of the examples that has been gone through.
                 wanted = math.ceil(rows_per_feature * site.layout.n_features * done / count)
                 if wanted > total.n:

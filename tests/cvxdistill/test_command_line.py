@@ -163,6 +163,40 @@ def test_distill_takes_a_span_of_blocks(work: Path) -> None:
     assert "write '0:1'" in refusal(*arguments, "1:0")
 
 
+def test_compress_writes_a_model_that_fits_the_budget_and_its_frontier(work: Path) -> None:
+    import torch
+
+    import cvxdistill
+
+    out, png = work / "small.safetensors", work / "frontier.png"
+    result = run(
+        "compress", f"{work / 'net.py'}:network", "--data", work / "d.npz", "--max-parameters",
+        3000, "--output", out, "--frontier", png, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "accuracy on these 60 inputs" in result.output
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    namespace: dict = {}
+    exec(SOURCE, namespace)
+    model = cvxdistill.load_compressed(namespace["network"](), out)
+    stored = sum(tensor.numel() for tensor in model.state_dict().values())
+    assert stored <= 3000
+    assert f"-> {stored:,} parameters" in result.output
+    assert model(torch.zeros(2, 1, 6, 6)).shape == (2, 3)
+
+
+def test_compress_refuses_bad_input_in_one_line_and_writes_nothing(work: Path) -> None:
+    source, before = f"{work / 'net.py'}:network", sorted(work.iterdir())
+    call = ["compress", source, "--data", work / "d.npz", "--quiet"]
+    out = ["--output", work / "small.safetensors"]
+    assert "give one of" in refusal(*call, *out)
+    assert "smallest possible" in refusal(*call, *out, "--max-parameters", 5)
+    assert "no block named" in refusal(*call, *out, "--max-error", 0.1, "--blocks", "7:8")
+    same = ["--output", work / "a", "--frontier", work / "a"]
+    assert "both name" in refusal(*call, *same, "--max-error", 0.1)
+    assert sorted(path for path in work.iterdir() if path.suffix != ".pyc") == before
+
+
 def test_options_that_were_given_reach_distill_and_others_keep_its_defaults(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
