@@ -80,7 +80,9 @@ def find_following(model: nn.Module, block: str, match: str, batch: Batch) -> Fo
         something in between is not linear.
     """
     if not match.startswith(PREFIX) or not match[len(PREFIX) :]:
-        raise ValueError(f"match must be 'outputs' or 'after:NAME' of a module, got {match!r}.")
+        raise ValueError(
+            f"match must be 'outputs', 'network' or 'after:NAME' of a module, got {match!r}."
+        )
     name = match[len(PREFIX) :]
     last = block.split(":")[-1] if is_span(model, block) else block
     if name == last:

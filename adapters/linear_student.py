@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from scipy.linalg import qr, solve
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from cvxdistill.adapters.call_structure import main_input
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
@@ -61,7 +62,7 @@ class LinearStudent(nn.Module):
         if input_rank is not None:
             inner = replace(layout, input_shape=(input_rank, *layout.input_shape[1:]))
             given = C - input_rank if self.mixes_others else C
-            self.project = nn.Conv2d(given, input_rank, 1, bias=False, dtype=dtype)
+            self.project = skip_init(nn.Conv2d, given, input_rank, 1, bias=False, dtype=dtype)
             if self.mixes_others:
                 self.register_buffer("channel_order", torch.arange(C, dtype=torch.int32))
         width = c if rank is None else rank

@@ -19,6 +19,7 @@ from cvxdistill.adapters.layout import ConvLayout, DenseLayout, infer_layout
 from cvxdistill.adapters.module_tree import check_swappable, evaluating, is_span
 from cvxdistill.adapters.span_search import search_span
 from cvxdistill.adapters.spans import Span
+from cvxdistill.adapters.streaming import BlockTaps
 
 # Blocks with less than this share of the model's parameters are left alone.
 SMALLEST_SHARE = 2e-3
@@ -26,6 +27,8 @@ SMALLEST_SHARE = 2e-3
 SMALLEST_END = 2e-2
 # Features of a student that sees the whole image.
 MOST_FEATURES = 4096
+# Features of a student that is tried unasked: the square of their number goes into its sums.
+MOST_TRIED = 3000
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,18 @@ class _Call:
     children: list[_Call] = field(default_factory=list)
 
 
-def find_sites(model: nn.Module, batch: Batch, blocks: str | Sequence[str] = "auto") -> Sites:
+def find_sites(
+    model: nn.Module,
+    batch: Batch,
+    blocks: str | Sequence[str] = "auto",
+    others: Sequence[Batch] = (),
+) -> Sites:
     """Run a model on one small batch and list its sites.
 
     "auto" takes every convolution and linear layer (with the batch norm behind it, where one
     follows), two linear layers with an activation between, every larger block, and the spans from
     a larger block to the end of the model; each if it has its share of the parameters, is called
-    once, maps one floating tensor to one, and a student can have its shapes.
+    once, maps one floating tensor to one, and a student of at most 3,000 features has its shapes.
 
     Parameters
     ----------
@@ -94,6 +102,8 @@ def find_sites(model: nn.Module, batch: Batch, blocks: str | Sequence[str] = "au
         On the model's device.
     blocks : "auto" or sequence of str
         Names of blocks and spans.
+    others : sequence of Tensor or dict
+        Batches of other shapes, which students must take too: single tokens come in any number.
 
     Raises
     ------
@@ -112,6 +122,9 @@ def find_sites(model: nn.Module, batch: Batch, blocks: str | Sequence[str] = "au
         if blocks != "auto":
             raise ValueError(f"blocks must be 'auto' or a list of names, got {blocks!r}.")
         sites = finder.automatic(root, calls)
+        for other in others:
+            changing = _changing(model, sites, other)
+            sites = [site for site in sites if site.name not in changing]
         if not sites:
             raise ValueError(
                 "the model has no block to replace: none with a share of its parameters is called "
@@ -123,8 +136,30 @@ def find_sites(model: nn.Module, batch: Batch, blocks: str | Sequence[str] = "au
         for name in blocks:
             check_swappable(model, name)
         sites = [finder.site(name) for name in dict.fromkeys(blocks)]
+        for other in others:
+            for name, shape in _changing(model, sites, other).items():
+                raise ValueError(
+                    f"block {name!r} takes inputs of several shapes, such as {shape}; its student "
+                    "would take one. Choose a block that works token by token, or pad."
+                )
     sites.sort(key=lambda site: (site.start, site.stop))
     return Sites(tuple(call.name for call in layers), tuple(sites))
+
+
+def _changing(model: nn.Module, sites: Sequence[Site], batch: Batch) -> dict[str, tuple[int, ...]]:
+    """Sites whose inputs or outputs have other shapes here than a student's, and those."""
+    found: dict[str, tuple[int, ...]] = {}
+    if not sites:
+        return found
+    pairs = BlockTaps(model, [site.span for site in sites]).run(batch)
+    for site, tensors in zip(sites, pairs, strict=True):
+        wanted = (site.layout.input_shape, site.layout.output_shape)
+        shapes = [tuple(tensor.shape[1:]) for tensor in tensors]
+        if isinstance(site.layout, DenseLayout) and site.layout.per_position:
+            shapes = [shape[-1:] for shape in shapes]
+        if tuple(shapes) != wanted:
+            found[site.name] = tuple(tensors[0].shape[1:])
+    return found
 
 
 class _Finder:

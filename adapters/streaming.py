@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cvxdistill.adapters.batches import Batch, iterate_batches, run_model
+from cvxdistill.adapters.batches import Batch, check_data, iterate_batches, run_model
 from cvxdistill.adapters.call_structure import Structure, main_input, tensors_in
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
 from cvxdistill.adapters.module_tree import evaluating
@@ -37,8 +37,8 @@ class Examples:
 
     Raises
     ------
-    ValueError
-        If there are fewer than two examples.
+    ValueError, TypeError
+        If there are fewer than two examples, or ``data`` is no source of batches.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Examples:
         mask: Any,
         rng: np.random.Generator,
     ) -> None:
+        check_data(data)
         self.masks = TokenMask(mask, data)
         self.batches: list[Batch] = []
         self._count = 0
@@ -73,8 +74,14 @@ class Examples:
     @property
     def small_batch(self) -> Batch:
         """Two examples or so, to find out about a model."""
-        first = self.batches[0]
-        return _take(first, np.arange(min(2, _length(first))), _length(first))
+        return _start_of(self.batches[0])
+
+    @property
+    def other_batches(self) -> list[Batch]:
+        """One small batch of each other length of sequences or size of images that there is."""
+        found = {_shapes_of(batch): batch for batch in reversed(self.batches)}
+        found.pop(_shapes_of(self.batches[0]))
+        return [_start_of(batch) for batch in found.values()]
 
     def between(self, low: float, high: float) -> Iterator[tuple[Batch, np.ndarray]]:
         """Batches of the examples whose number in (0, 1) lies in [low, high), and which these are.
@@ -200,6 +207,16 @@ def _length(batch: Batch) -> int:
     if isinstance(batch, dict):
         return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim)
     return len(batch)
+
+
+def _start_of(batch: Batch) -> Batch:
+    return _take(batch, np.arange(min(2, _length(batch))), _length(batch))
+
+
+def _shapes_of(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """Shapes without the axis of examples."""
+    tensors = list(batch.values()) if isinstance(batch, dict) else [batch]
+    return tuple(tuple(t.shape[1:]) for t in tensors if isinstance(t, Tensor) and t.ndim)
 
 
 def _take(batch: Batch, chosen: np.ndarray, size: int) -> Batch:

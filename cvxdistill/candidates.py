@@ -248,7 +248,8 @@ def gated_candidates(
             if size not in best or candidate.error < best[size].error:
                 progress = True
                 best[size] = candidate
-        without_progress = 0 if progress else without_progress + 1
+        # Before the first unit nothing can get worse: a time limit may have ended the solve.
+        without_progress = 0 if progress or not len(units) else without_progress + 1
         if without_progress == 2:
             break
     return list(best.values())

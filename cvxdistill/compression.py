@@ -115,7 +115,7 @@ def compress(
             mask=mask,
             rng=rng,
         )
-        found = find_sites(model, examples.small_batch, blocks)
+        found = find_sites(model, examples.small_batch, blocks, examples.other_batches)
     work = SiteStudents(
         model, examples, found.layers, found.sites, validation_fraction, rng, verbose
     )

@@ -126,9 +126,11 @@ def distill(
         those that are not 0. "auto": the "attention_mask" of batches that are dicts; another key of
         theirs; a function of the batch; an array (n_examples, T); None: all tokens.
     match : str, default="outputs"
-        What the student is fitted to: the block's outputs, or ``"after:avgpool"``, what a module
-        that follows makes of them. All that runs between must be linear: average pooling over
-        whole images, batch norms and linear layers. Errors are those after it.
+        What the student is fitted to: the block's outputs; ``"after:avgpool"``, what a module
+        that follows makes of them, if all that runs between is linear (average pooling over
+        whole images, batch norms, linear layers); or "network", the outputs weighted by how the
+        rest of the network uses them, the mean of J^T J with J the Jacobian of the model's output
+        (``output_metrics``). Errors reported are then after it, or so weighted.
     student : {"auto", "linear", "gated"}, default="auto"
         "auto" takes the smallest student whose held-out error is within 2 % (relative) of the
         best one's.
@@ -339,7 +341,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     find_regularizer(arguments["penalty"], arguments["l1_ratio"])
     match, penalty = arguments["match"], arguments["penalty"]
     if not isinstance(match, str):
-        raise TypeError(f"match must be 'outputs' or 'after:NAME', got {match!r}.")
+        raise TypeError(f"match must be 'outputs', 'network' or 'after:NAME', got {match!r}.")
     if match != "outputs" and penalty != "nuclear":
         raise ValueError(f"match={match!r} goes with penalty='nuclear', got {penalty!r}.")
     if penalty == "nuclear":

@@ -26,6 +26,7 @@ from cvxdistill.solvers import (
     Neurons,
     evaluate_gates,
 )
+from cvxdistill.student_curves import Weighting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 PATH = (6, 0.1, 1e-3)
 # Hidden units at most, where nobody says.
 MOST_NEURONS = 256
+# Examples that say how the network uses a block's outputs.
+METRIC_EXAMPLES = 400
 # Held-out examples are recorded: at most so many.
 MOST_HELD_OUT = 2000
 
@@ -283,8 +286,7 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
             rng=rng,
         )
         span = search_span(model, block, examples.small_batch)
-        following = _following(model, block, match, examples)
-        pooled = following is not None and following.pooled
+        following = _following(model, block, match, examples, span, rng)
         replaced = span_modules(model, span)
         target = replaced[0] if len(replaced) == 1 else replaced
         block_parameters = sum(p.numel() for p in replaced.parameters())
@@ -320,6 +322,7 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
         with timed(seconds, kind):
             found += candidates(streamed, kind, most_parameters=limit, **settings)
     chosen = choose(found, student, block_parameters)
+    positions = 1 if following is not None and following.pooled else layout.n_positions
     report = Report(
         block=block,
         block_parameters=block_parameters,
@@ -329,10 +332,7 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
         examples=len(examples),
         held_out=count,
         rows=streamed.statistics.n,
-        available_rows=max(
-            streamed.statistics.n,
-            (len(examples) - count) * (1 if pooled else layout.n_positions),
-        ),
+        available_rows=max(streamed.statistics.n, (len(examples) - count) * positions),
         seconds=seconds,
         candidates=tuple(found),
         chosen=chosen,
@@ -344,12 +344,28 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
     return Distillation(swapped, placed, report, tuple(found), span)
 
 
-def _following(model: nn.Module, block: str, match: str, examples: Examples) -> FollowingMap | None:
-    from cvxdistill.adapters import find_following
+def _following(
+    model: nn.Module,
+    block: str,
+    match: str,
+    examples: Examples,
+    span: Span,
+    rng: np.random.Generator,
+) -> FollowingMap | None:
+    """What students are fitted through: what follows the block, or a weighting of its outputs."""
+    from cvxdistill.adapters import FollowingMap, find_following, output_metrics
 
     if match == "outputs":
         return None
-    return find_following(model, block, match, examples.small_batch)
+    if match != "network":
+        return find_following(model, block, match, examples.small_batch)
+    share = min(1.0, METRIC_EXAMPLES / len(examples))
+    batches = (batch for batch, _ in examples.between(0, share))
+    (metric,) = output_metrics(model, [span], batches, rng)
+    weighting = None if metric is None else Weighting.of(metric)
+    if weighting is None:
+        raise ValueError("match='network' needs a model that gives gradients of its output.")
+    return FollowingMap(match, False, weighting.root, np.zeros(len(weighting.root)))
 
 
 def _held_out(

@@ -22,10 +22,10 @@ Izenman 1975 (reduced-rank regression); De Lathauwer, De Moor and Vandewalle 200
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, eigh, solve_triangular
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh, solve_triangular
 
 from cvxdistill.solvers.gated_statistics import GatedStatistics
 
@@ -139,8 +139,15 @@ class ProjectedRidge:
         self.moments = _Moments.of(statistics)
         self.channels, self.places = channels, statistics.d // channels
         d = statistics.d
-        self.alpha = alpha * (float(np.trace(self.moments.xx)) / d or 1.0)
-        self.W = _ridge(self.moments.xx, self.moments.xy, self.alpha)
+        # Moments of one type of numbers about zero know those about the mean only so well.
+        square = float(np.trace(statistics.gram)) / statistics.n / d
+        self.noise = 4 * float(np.finfo(statistics.dtype).eps) * d**0.5 * square
+        self.alpha = max(alpha * float(np.trace(self.moments.xx)) / d, self.noise) or 1.0
+        try:
+            self.W = _ridge(self.moments.xx, self.moments.xy, self.alpha)
+        except LinAlgError:
+            self.moments = replace(self.moments, xx=_positive(self.moments.xx))
+            self.W = _ridge(self.moments.xx, self.moments.xy, self.alpha)
         # For a ridge the gap at the dual point r is that of its gradient.
         gradient = self.moments.xx @ self.W - self.moments.xy + self.alpha * self.W
         value = self.moments.unexplained(self.W) / 2 + self.alpha / 2 * float(np.sum(self.W**2))
@@ -154,7 +161,8 @@ class ProjectedRidge:
         if self._directions is None:
             C, T = self.channels, self.places
             covariance = np.einsum("ctet->ce", self.moments.xx.reshape(C, T, C, T)) / T
-            covariance[np.diag_indices(C)] += FLOOR * (np.trace(covariance) / C or 1.0)
+            floor = max(FLOOR * np.trace(covariance) / C, self.noise) or 1.0
+            covariance[np.diag_indices(C)] += floor
             root = np.linalg.cholesky(covariance)
             unfolded = root.T @ self.W.reshape(C, -1)
             _, directions = eigh(unfolded @ unfolded.T)
@@ -205,7 +213,11 @@ class ProjectedRidge:
             normal = normal.reshape(C * r1, C * r1)
             normal[np.diag_indices(len(normal))] += FLOOR * (np.trace(normal) / len(normal) or 1.0)
             right = np.einsum("ctk,atk->ca", xy.reshape(C, T, -1), W.reshape(r1, T, -1))
-            P = cho_solve(cho_factor(normal, overwrite_a=True), right.ravel()).reshape(C, r1)
+            try:
+                factor = cho_factor(normal, overwrite_a=True)
+            except LinAlgError:
+                break
+            P = cho_solve(factor, right.ravel()).reshape(C, r1)
             found = self._with_projection(np.linalg.qr(P)[0], rank)
             unexplained = self.moments.unexplained(found.weights)
             if unexplained >= least:
@@ -242,6 +254,12 @@ def _ridge(xx: np.ndarray, xy: np.ndarray, alpha: float) -> np.ndarray:
     system = xx.copy()
     system[np.diag_indices(len(system))] += alpha
     return cho_solve(cho_factor(system, overwrite_a=True, check_finite=False), xy)
+
+
+def _positive(M: np.ndarray) -> np.ndarray:
+    """Without the negative eigenvalues that rounding has left."""
+    values, vectors = eigh(M)
+    return np.asarray((vectors * np.maximum(values, 0)) @ vectors.T)
 
 
 def _project(P: np.ndarray, M: np.ndarray) -> np.ndarray:

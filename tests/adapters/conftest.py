@@ -71,3 +71,9 @@ def build_resnet(width: int = 4, blocks: int = 2, n_classes: int = 10) -> Any:
 @pytest.fixture
 def resnet() -> Any:
     return build_resnet()
+
+
+@pytest.fixture(scope="module")
+def built_resnet() -> Any:
+    """One for a whole file: leave it as it is."""
+    return build_resnet().eval()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cvxdistill.allocation import Allocation, Option
+from cvxdistill.allocation import Allocation, Option, largest_budget
 
 
 def every_choice(costs, options):
@@ -85,3 +85,30 @@ def test_rounding_never_passes_the_budget():
         chosen = allocation.choose(budget)
         kept = set(range(3)) - {k for o in chosen for k in range(o.start, o.stop)}
         assert sum(o.cost for o in chosen) + sum(costs[k] for k in kept) <= budget
+
+
+def test_the_smallest_budget_can_be_met_where_costs_are_rounded():
+    costs = [1_000_003] * 9
+    options = [Option(k, k + 1, 700_001 + k, 0.1) for k in range(9)]
+    options.append(Option(2, 4, 1_300_001, 5.0))
+    allocation = Allocation(costs, options, 9_000_027)
+    smallest = Allocation(costs, options, allocation.smallest)
+    chosen = smallest.choose(allocation.smallest)
+    assert sum(option.cost for option in chosen) == allocation.smallest
+    assert options[-1] in chosen and len(chosen) == 8
+    with pytest.raises(ValueError, match="smallest possible cost"):
+        smallest.choose(allocation.smallest - 1)
+
+
+def test_a_budget_of_all_layers_keeps_them_where_costs_are_rounded():
+    costs = [1_000_003] * 9
+    options = [Option(k, k + 1, 700_001, 0.1) for k in range(9)]
+    assert Allocation(costs, options, sum(costs)).choose(sum(costs)) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3_000_000), min_size=1, max_size=300))
+def test_all_layers_fit_into_the_largest_budget(costs):
+    budget = largest_budget(costs)
+    assert Allocation(costs, [], budget).error(budget) == 0
+    assert budget <= 1.1 * sum(costs) + 2 * len(costs) + 10
