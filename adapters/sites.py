@@ -43,6 +43,8 @@ class Site:
     start, stop : int
         It covers the model's layers ``range(start, stop)``.
     layout : DenseLayout or ConvLayout
+    rows : int
+        Of one example: its positions or tokens.
     modules : tuple of nn.Module
     """
 
@@ -51,6 +53,7 @@ class Site:
     start: int
     stop: int
     layout: DenseLayout | ConvLayout
+    rows: int
     modules: tuple[nn.Module, ...] = field(repr=False)
 
 
@@ -237,9 +240,10 @@ class _Finder:
         if floating and not is_floating:
             raise ValueError(f"block {name!r} takes no floating numbers.")
         layout = _layout(modules[0] if len(modules) < 3 else None, *shapes)
-        return Site(
-            name if is_span(self.model, name) else span.first, span, start, stop, layout, modules
-        )
+        name = name if is_span(self.model, name) else span.first
+        tokens = isinstance(layout, DenseLayout) and layout.per_position
+        rows = math.prod(shapes[0][:-1]) if tokens else layout.n_positions
+        return Site(name, span, start, stop, layout, rows, modules)
 
 
 def _layout(

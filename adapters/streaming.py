@@ -83,6 +83,11 @@ class Examples:
         found.pop(_shapes_of(self.batches[0]))
         return [_start_of(batch) for batch in found.values()]
 
+    @property
+    def largest_batch(self) -> int:
+        """Examples in the largest batch."""
+        return max(map(_length, self.batches))
+
     def between(self, low: float, high: float) -> Iterator[tuple[Batch, np.ndarray]]:
         """Batches of the examples whose number in (0, 1) lies in [low, high), and which these are.
 
@@ -92,6 +97,19 @@ class Examples:
         numbers : ndarray of int
             In the order of the data.
         """
+        # Few of each batch may be chosen: they are put together again to batches of its size.
+        most = self.largest_batch
+        held: list[tuple[Batch, np.ndarray]] = []
+        for piece in self._pieces(low, high):
+            count = sum(len(numbers) for _, numbers in held)
+            if held and not (_alike(held[0][0], piece[0]) and count + len(piece[1]) <= most):
+                yield _joined(held)
+                held = []
+            held.append(piece)
+        if held:
+            yield _joined(held)
+
+    def _pieces(self, low: float, high: float) -> Iterator[tuple[Batch, np.ndarray]]:
         start = 0
         for batch in self.batches:
             size = _length(batch)
@@ -207,6 +225,37 @@ def _length(batch: Batch) -> int:
     if isinstance(batch, dict):
         return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim)
     return len(batch)
+
+
+def _alike(one: Batch, other: Batch) -> bool:
+    """Whether two batches can be one: of the same shapes but for the number of examples."""
+    if isinstance(one, dict) != isinstance(other, dict):
+        return False
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return _shapes_of(one) == _shapes_of(other)
+    rest = [
+        {key: value for key, value in batch.items() if not _splits(value)} for batch in (one, other)
+    ]
+    plain = not any(isinstance(value, Tensor) for value in rest[0].values())
+    same = one.keys() == other.keys() and _shapes_of(one) == _shapes_of(other)
+    return same and plain and bool(rest[0] == rest[1])
+
+
+def _splits(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _joined(pieces: list[tuple[Batch, np.ndarray]]) -> tuple[Batch, np.ndarray]:
+    numbers = np.concatenate([numbers for _, numbers in pieces])
+    tensors = [batch for batch, _ in pieces if isinstance(batch, Tensor)]
+    if tensors:
+        return torch.cat(tensors), numbers
+    dicts = [batch for batch, _ in pieces if isinstance(batch, dict)]
+    joined = {
+        key: torch.cat([batch[key] for batch in dicts]) if _splits(value) else value
+        for key, value in dicts[0].items()
+    }
+    return joined, numbers
 
 
 def _start_of(batch: Batch) -> Batch:

@@ -8,6 +8,7 @@ later, so are the features.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -243,7 +244,10 @@ def stream(
         high = share + (1 - share) * min(1.0, max_rows / fitted)
     taps, done = BlockTaps(model, [span]), 0
     batches = tqdm(
-        examples.between(share, high), desc="sums", total=len(examples.batches), disable=not verbose
+        examples.between(share, high),
+        desc="sums",
+        total=math.ceil(fitted / examples.largest_batch),
+        disable=not verbose,
     )
     for number, (batch, which) in enumerate(batches):
         ((input, output),) = taps.run(batch)

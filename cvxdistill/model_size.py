@@ -37,7 +37,7 @@ class ModelSize:
         if not self.bytes:
             return numbers
         sizes = [p.element_size() for module in site.modules for p in module.parameters()]
-        return (numbers - orders) * sizes[0] + orders * 4
+        return max(0, numbers - orders) * sizes[0] + orders * 4
 
     def _of(self, parameters: list[Tensor], buffers: list[Tensor]) -> int:
         # Tensors under two names are stored once.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cvxdistill.adapters.batches import Batch
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
-CURVE_ROWS, FIT_ROWS = 25, 100
+CURVE_ROWS, FIT_ROWS = 10, 100
 # Held-out examples that say how the network uses a block's outputs.
 METRIC_EXAMPLES = 400
 # Sites that need more examples than this are gone through apart.
@@ -224,7 +224,7 @@ class SiteStudents:
 
     def _examples_for(self, site: Site, rows_per_feature: int) -> int:
         """Examples that give so many rows for each feature of a site's student."""
-        return math.ceil(rows_per_feature * site.layout.n_features / site.layout.n_positions)
+        return math.ceil(rows_per_feature * site.layout.n_features / site.rows)
 
     def _sums(
         self,
@@ -252,7 +252,7 @@ class SiteStudents:
             inputs = BlockTaps(source, [site.span for site in sites], inputs_only=True)
         batches = tqdm(
             self.examples.between(low, high),
-            total=len(self.examples.batches),
+            total=math.ceil(count / self.examples.largest_batch),
             desc=name,
             disable=not self.verbose or not name,
             leave=False,

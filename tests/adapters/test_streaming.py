@@ -360,3 +360,45 @@ def test_spans_that_were_found_can_be_tapped(built_resnet):
     expected = recorded(built_resnet, "layer3", "layer4", images)
     torch.testing.assert_close(given, expected[0], rtol=0, atol=0)
     torch.testing.assert_close(made, expected[1], rtol=0, atol=0)
+
+
+def test_few_examples_of_each_batch_come_in_whole_batches():
+    data = [torch.arange(start, start + 10.0)[:, None] for start in range(0, 200, 10)]
+    examples = Examples(
+        data,
+        torch.nn.Linear(1, 1),
+        batch_size=10,
+        max_examples=None,
+        mask=None,
+        rng=np.random.default_rng(0),
+    )
+    pieces = [*examples.between(0, 0.2)]
+    assert all(len(batch) <= 10 for batch, _ in pieces)
+    # 40 examples, of which no 20 batches are made.
+    assert len(pieces) <= 8
+    for batch, numbers in pieces:
+        np.testing.assert_array_equal(batch[:, 0].numpy(), numbers)
+
+
+def test_batches_of_different_shapes_or_flags_are_not_put_together():
+    data = [
+        {"x": torch.zeros(4, 3), "flag": True},
+        {"x": torch.zeros(4, 3), "flag": False},
+        {"x": torch.zeros(4, 5), "flag": False},
+        {"x": torch.ones(4, 5), "flag": False},
+    ]
+    examples = Examples(
+        data,
+        torch.nn.Linear(1, 1),
+        batch_size=4,
+        max_examples=None,
+        mask=None,
+        rng=np.random.default_rng(1),
+    )
+    for batch, numbers in examples.between(0, 0.5):
+        flags = {data[number // 4]["flag"] for number in numbers}
+        assert flags == {batch["flag"]}
+        widths = {data[number // 4]["x"].shape[1] for number in numbers}
+        assert widths == {batch["x"].shape[1]}
+        values = [data[number // 4]["x"][number % 4, 0] for number in numbers]
+        np.testing.assert_array_equal(batch["x"][:, 0], values)
