@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cvxdistill.adapters.batches import Batch
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
-CURVE_ROWS, FIT_ROWS = 10, 100
+CURVE_ROWS, FIT_ROWS = 10, 30
 # Held-out examples that say how the network uses a block's outputs.
 METRIC_EXAMPLES = 400
 # Sites that need more examples than this are gone through apart.
