@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cvxdistill.adapters.batches import Batch
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
-CURVE_ROWS, FIT_ROWS = 10, 30
+CURVE_ROWS, FIT_ROWS = 10, 50
 # Held-out examples that say how the network uses a block's outputs.
 METRIC_EXAMPLES = 400
 # Sites that need more examples than this are gone through apart.
@@ -39,6 +39,8 @@ FEW_EXAMPLES = 5000
 MOST_HELD_OUT, MEASURED_EXAMPLES = 2000, 400
 # Students of each block whose effect on the output is measured; the others' is interpolated.
 MEASURED_SIZES = 3
+# Relative squared activation error from which on it is in proportion to the output's.
+SMALLEST_TELLING = 1e-3
 
 
 class SiteStudents:
@@ -123,9 +125,12 @@ class SiteStudents:
         """E of every size: measured for some, in proportion to the activation error between."""
         from cvxdistill.adapters import swap_block
 
-        places = np.unique(np.linspace(0, len(sizes) - 1, MEASURED_SIZES).round().astype(int))
         logs = np.log([size.parameters for size, _ in sizes])
         activation = np.array([max(error, 1e-12) for _, error in sizes])
+        # Where next to nothing is left of the error, its share in the output's is noise.
+        telling = int((activation > SMALLEST_TELLING).sum())
+        last = max(telling - 1, 0)
+        places = np.unique(np.linspace(0, last, MEASURED_SIZES).round().astype(int))
         ratios = []
         for k in places:
             size = sizes[k][0]

@@ -339,7 +339,7 @@ def test_fitting_each_to_what_comes_before_it_is_better_where_errors_add_up():
         result = compress(model, data, max_parameters=1500, blocks=blocks, sequential=sequential)
         assert len(result.choices) > 3
         errors[sequential] = result.error
-    assert errors[True] < 0.97 * errors[False]
+    assert errors[True] < 0.99 * errors[False]
 
 
 def test_compressed_models_export(net, third):
