@@ -84,6 +84,11 @@ def _data_options(command: Any) -> Any:
 
 
 _MODEL = click.argument("model")
+_DATA = click.option(
+    "--data", metavar="PATH", required=True, help="Inputs: .npy, .npz or a folder of images."
+)
+_LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Use at most so many inputs.")
+_QUIET = click.option("--quiet", is_flag=True, help="No progress, only the result.")
 _WEIGHTS = click.option(
     "--weights", metavar="FILE", help="A state_dict: .safetensors, or a file of torch.save."
 )
@@ -160,12 +165,10 @@ def inspect_command(
 @main.command()
 @_MODEL
 @click.argument("block")
-@click.option(
-    "--data", metavar="PATH", required=True, help="Inputs: .npy, .npz or a folder of images."
-)
+@_DATA
 @_WEIGHTS
 @_data_options
-@click.option("--limit", type=click.IntRange(min=1), help="Use at most so many inputs.")
+@_LIMIT
 @click.option("--student", type=click.Choice(["auto", "linear", "gated"]))
 @click.option("--gates", type=click.Choice(["auto", "teacher", "gaussian"]))
 @click.option("--n-gates", type=click.IntRange(min=1), help="How many gates to start from.")
@@ -190,7 +193,7 @@ def inspect_command(
     help="Where to save the student.",
 )
 @click.option("--report", metavar="FILE", help="Also write the report, as CSV, to this file.")
-@click.option("--quiet", is_flag=True, help="No progress, only the result.")
+@_QUIET
 def distill(
     model: str,
     block: str,
@@ -238,12 +241,10 @@ def distill(
 
 @main.command()
 @_MODEL
-@click.option(
-    "--data", metavar="PATH", required=True, help="Inputs: .npy, .npz or a folder of images."
-)
+@_DATA
 @_WEIGHTS
 @_data_options
-@click.option("--limit", type=click.IntRange(min=1), help="Use at most so many inputs.")
+@_LIMIT
 @click.option("--max-parameters", type=click.IntRange(min=1), help="Numbers of the whole.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Bytes of the whole.")
 @click.option("--max-error", type=float, help="Relative error of the output, held out.")
@@ -257,7 +258,7 @@ def distill(
     help="Where to save the compressed model.",
 )
 @click.option("--frontier", metavar="FILE", help="Also draw size against error, to this PNG.")
-@click.option("--quiet", is_flag=True, help="No progress, only the result.")
+@_QUIET
 def compress(
     model: str,
     data: str,

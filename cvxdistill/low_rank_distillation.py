@@ -8,16 +8,13 @@ later, so are the features.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
-from cvxdistill.candidates import UNITS, Candidate, activation_error
+from cvxdistill.candidates import UNITS, Candidate
 from cvxdistill.solvers import (
     GatedStatistics,
     HiddenStatistics,
@@ -25,8 +22,8 @@ from cvxdistill.solvers import (
     LowRankProblem,
     LowRankSolution,
     Neurons,
-    evaluate_gates,
 )
+from cvxdistill.streamed_block import StreamedBlock, record_held_out, stream
 from cvxdistill.student_curves import Weighting
 
 if TYPE_CHECKING:
@@ -42,83 +39,6 @@ MOST_NEURONS = 256
 METRIC_EXAMPLES = 400
 # Held-out examples are recorded: at most so many.
 MOST_HELD_OUT = 2000
-
-
-@dataclass(frozen=True)
-class StreamedBlock:
-    """A block's sums over fitted examples, and its activations of those held out.
-
-    Attributes
-    ----------
-    span : Span
-    layout : DenseLayout or ConvLayout
-    following : FollowingMap or None
-    G : ndarray of shape (d, p)
-    statistics : GatedStatistics
-        Of all gates; ``linear_statistics`` are those of the first, which is always on.
-    inputs, outputs : ndarray of shape (N, ...)
-        Of the held-out examples.
-    """
-
-    span: Span
-    layout: ConvLayout | DenseLayout
-    following: FollowingMap | None
-    G: np.ndarray = field(repr=False)
-    statistics: GatedStatistics
-    inputs: np.ndarray = field(repr=False)
-    outputs: np.ndarray = field(repr=False)
-
-    @property
-    def linear_statistics(self) -> GatedStatistics:
-        """Sums of the gate that is always on."""
-        s, d = self.statistics, self.statistics.d
-        one = GatedStatistics(1, d, s.c)
-        one.gram += s.gram[:d, :d]
-        one.cross += s.cross[:1]
-        one.feature_sums += s.feature_sums[:1]
-        one.target_sums += s.target_sums
-        one.target_squares += s.target_squares
-        one.n, one.dtype = s.n, s.dtype
-        return one
-
-    def error(self, student: Any) -> float:
-        """Relative activation error on the held-out examples, of what follows the block."""
-        every = np.arange(len(self.inputs))
-        return activation_error(student, self.inputs, self.outputs, every, self.following)
-
-
-def features(
-    layout: ConvLayout | DenseLayout, inputs: np.ndarray, G: np.ndarray, pooled: bool
-) -> Iterator[np.ndarray]:
-    """Gated features A (m, p, d) of some examples, averaged over their positions if ``pooled``."""
-    X = layout.rows(inputs)
-    step = layout.n_positions * max(1, 2048 // layout.n_positions)
-    for start in range(0, X.shape[0], step):
-        x = X[start : start + step]
-        D = evaluate_gates(x, G)
-        A = D[:, :, None] * x[:, None, :]
-        if pooled:
-            A = A.reshape(-1, layout.n_positions, *A.shape[1:]).mean(axis=1)
-        yield A
-
-
-def update(
-    statistics: GatedStatistics,
-    layout: ConvLayout | DenseLayout,
-    inputs: np.ndarray,
-    outputs: np.ndarray,
-    G: np.ndarray,
-    following: FollowingMap | None,
-) -> None:
-    """Add examples of a block to its sums."""
-    targets = layout.targets(outputs) if following is None else following(outputs)
-    if following is None or not following.pooled:
-        statistics.update(layout.rows(inputs), np.ascontiguousarray(targets))
-        return
-    start = 0
-    for A in features(layout, inputs, G, pooled=True):
-        statistics.update_features(A, targets[start : start + len(A)])
-        start += len(A)
 
 
 def candidates(
@@ -218,55 +138,6 @@ def _of_solution(
         )
 
 
-def stream(
-    model: nn.Module,
-    examples: Examples,
-    span: Span,
-    layout: ConvLayout | DenseLayout,
-    following: FollowingMap | None,
-    G: np.ndarray,
-    held_out: tuple[np.ndarray, np.ndarray],
-    share: float,
-    max_rows: int | None,
-    rng: np.random.Generator,
-    verbose: int,
-) -> StreamedBlock:
-    """Run the model over the fitted examples, and turn what the block takes and gives into sums."""
-    from cvxdistill.adapters import BlockTaps, token_rows
-
-    c = layout.n_outputs if following is None else following.matrix.shape[1]
-    statistics = GatedStatistics(G.shape[1], layout.n_features, c, gates=G)
-    pooled = following is not None and following.pooled
-    # Held-out activations of tokens are more than examples.
-    fitted = len(examples) - round(share * len(examples))
-    high = 1.0
-    if max_rows is not None and pooled:
-        high = share + (1 - share) * min(1.0, max_rows / fitted)
-    taps, done = BlockTaps(model, [span]), 0
-    batches = tqdm(
-        examples.between(share, high),
-        desc="sums",
-        total=math.ceil(fitted / examples.largest_batch),
-        disable=not verbose,
-    )
-    for number, (batch, which) in enumerate(batches):
-        ((input, output),) = taps.run(batch)
-        done += len(which)
-        if pooled:
-            update(statistics, layout, input.numpy(), output.numpy(), G, following)
-            continue
-        keep = examples.masks.of(str(span), number, batch, which, (input, output))
-        left = np.iinfo(np.int64).max
-        if max_rows is not None:
-            left = round(max_rows * done / fitted) - statistics.n
-        if left > 0:
-            X, Y = token_rows(layout, input, output, keep, left, rng)
-            ones = np.ones((len(X), 1), X.dtype)
-            targets = Y if following is None else following(Y[:, :, None])
-            statistics.update(np.hstack([X, ones]), np.ascontiguousarray(targets))
-    return StreamedBlock(span, layout, following, G, statistics, *held_out)
-
-
 def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str, Any]) -> Any:
     """``distill`` with the nuclear penalty; ``options`` are its checked arguments."""
     from cvxdistill.adapters import Examples, get_block, swap_block
@@ -290,14 +161,14 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
             rng=rng,
         )
         span = search_span(model, block, examples.small_batch)
-        following = _following(model, block, match, examples, span, rng)
         replaced = span_modules(model, span)
         target = replaced[0] if len(replaced) == 1 else replaced
         block_parameters = sum(p.numel() for p in replaced.parameters())
         count = round(len(examples) * options["validation_fraction"])
         count = max(1, min(count, MOST_HELD_OUT, len(examples) - 1))
         share = count / len(examples)
-        layout, held_out = _held_out(model, examples, span, share, options)
+        following = _following(model, block, match, examples, span, share, rng)
+        layout, held_out = record_held_out(model, examples, span, share, options)
         limit = most_parameters(layout, options["n_neurons"], block_parameters)
         G, source = np.zeros((layout.n_features, 1), np.float32), "none"
         if student != "linear":
@@ -354,6 +225,7 @@ def _following(
     match: str,
     examples: Examples,
     span: Span,
+    share: float,
     rng: np.random.Generator,
 ) -> FollowingMap | None:
     """What students are fitted through: what follows the block, or a weighting of its outputs."""
@@ -363,45 +235,13 @@ def _following(
         return None
     if match != "network":
         return find_following(model, block, match, examples.small_batch)
-    share = min(1.0, METRIC_EXAMPLES / len(examples))
-    batches = (batch for batch, _ in examples.between(0, share))
+    end = min(1.0, share + METRIC_EXAMPLES / len(examples))
+    batches = (batch for batch, _ in examples.between(share, end))
     (metric,) = output_metrics(model, [span], batches, rng)
     weighting = None if metric is None else Weighting.of(metric)
     if weighting is None:
         raise ValueError("match='network' needs a model that gives gradients of its output.")
     return FollowingMap(match, False, weighting.root, np.zeros(len(weighting.root)))
-
-
-def _held_out(
-    model: nn.Module, examples: Examples, span: Span, share: float, options: dict[str, Any]
-) -> tuple[ConvLayout | DenseLayout, tuple[np.ndarray, np.ndarray]]:
-    """The block's layout and its activations of the held-out examples, of tokens row by row."""
-    from cvxdistill.adapters import BlockTaps, DenseLayout, infer_layout
-
-    taps = BlockTaps(model, [span])
-    inputs, outputs = [], []
-    layout: Any = None
-    for number, (batch, which) in enumerate(examples.between(0, share)):
-        ((input, output),) = taps.run(batch)
-        if layout is None:
-            names = ("kernel_size", "stride", "padding")
-            overrides = {name: options[name] for name in names}
-            layout = infer_layout(tuple(input.shape[1:]), tuple(output.shape[1:]), **overrides)
-            if isinstance(layout, DenseLayout) and layout.per_position:
-                ends = layout.input_shape[-1:], layout.output_shape[-1:]
-                layout = DenseLayout(*ends, per_position=True)
-        if input.ndim - 1 > len(layout.input_shape):
-            keep = examples.masks.of(str(span), number, batch, which, (input, output))
-            if keep is not None:
-                input, output = input[keep], output[keep]
-            input = input.reshape(-1, *layout.input_shape)
-            output = output.reshape(-1, *layout.output_shape)
-        inputs.append(input.numpy())
-        outputs.append(output.numpy())
-    for side, arrays in (("input", inputs), ("output", outputs)):
-        if not all(np.isfinite(array).all() for array in arrays):
-            raise ValueError(f"the {side} of block {str(span)!r} contains NaN or infinity.")
-    return layout, (np.concatenate(inputs), np.concatenate(outputs))
 
 
 def _check_memory(G: np.ndarray, layout: ConvLayout | DenseLayout, memory_limit: int) -> None:

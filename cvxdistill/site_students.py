@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
 CURVE_ROWS, FIT_ROWS = 10, 50
-# Held-out examples that say how the network uses a block's outputs.
+# Fitted examples that say how the network uses a block's outputs.
 METRIC_EXAMPLES = 400
 # Sites that need more examples than this are gone through apart.
 FEW_EXAMPLES = 5000
@@ -102,8 +102,8 @@ class SiteStudents:
         """A weighting of each site's outputs by how the rest of the network uses them."""
         from cvxdistill.adapters import output_metrics
 
-        share = self.share * min(1.0, METRIC_EXAMPLES / self.n_held_out)
-        batches = (batch for batch, _ in self.examples.between(0, share))
+        end = min(1.0, self.share + METRIC_EXAMPLES / len(self.examples))
+        batches = (batch for batch, _ in self.examples.between(self.share, end))
         spans = [site.span for site in self.sites]
         metrics = output_metrics(self.model, spans, batches, self.rng)
         for site, metric in zip(self.sites, metrics, strict=True):

@@ -95,10 +95,26 @@ class _Moments:
             float(np.maximum(variance, 0).sum()),
         )
 
+    def projected(self, P: np.ndarray) -> _Moments:
+        """Of the features (P x I)^T x."""
+        xx = _project(P, _project(P, self.xx).T)
+        x_mean = _project(P, self.x_mean[:, None])[:, 0]
+        return _Moments(xx, _project(P, self.xy), x_mean, self.y_mean, self.variance)
+
     def unexplained(self, W: np.ndarray) -> float:
         """Mean squared error of centred targets."""
         inner = float(np.sum(W * (self.xx @ W - 2 * self.xy)))
         return max(self.variance + inner, 0.0)
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """Ridge regression W behind P (None: none), with q (c, c) of its fitted outputs, best first."""
+
+    P: np.ndarray | None
+    moments: _Moments
+    W: np.ndarray
+    q: np.ndarray
 
 
 class ProjectedRidge:
@@ -153,7 +169,7 @@ class ProjectedRidge:
         value = self.moments.unexplained(self.W) / 2 + self.alpha / 2 * float(np.sum(self.W**2))
         gap = float(np.sum(gradient**2)) / (2 * self.alpha)
         self.relative_gap = gap / value if value > 0 else gap
-        self._fitted: dict[int, tuple[np.ndarray | None, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._fitted: dict[int, _Projected] = {}
         self._directions: np.ndarray | None = None
 
     def projection(self, rank: int) -> np.ndarray:
@@ -172,25 +188,33 @@ class ProjectedRidge:
 
     def fit(self, input_rank: int | None, rank: int | None) -> LinearFit:
         """The student with r1 = ``input_rank`` and r2 = ``rank``; None stands for all."""
+        return self._truncated(self._projected(input_rank), rank)
+
+    def _projected(self, input_rank: int | None) -> _Projected:
+        """The ridge regression on r1 projected channels, solved once."""
         r1 = self.channels if input_rank is None else min(input_rank, self.channels)
         if r1 not in self._fitted:
             P = None if r1 == self.channels else self.projection(r1)
-            xx, W = self.moments.xx, self.W
-            if P is not None:
-                xx = _project(P, _project(P, xx).T)
-                W = _ridge(xx, _project(P, self.moments.xy), self.alpha)
-            _, q = eigh(W.T @ (xx @ W))
-            self._fitted[r1] = (P, W, np.ascontiguousarray(q[:, ::-1]), xx)
-        P, W, q, _ = self._fitted[r1]
-        W2 = None
+            self._fitted[r1] = self._behind(P)
+        return self._fitted[r1]
+
+    def _behind(self, P: np.ndarray | None) -> _Projected:
+        """The ridge regression behind a projection, and the directions of its fitted outputs."""
+        moments, W = self.moments, self.W
+        if P is not None:
+            moments = moments.projected(P)
+            W = _ridge(moments.xx, moments.xy, self.alpha)
+        q = eigh(W.T @ (moments.xx @ W))[1]
+        return _Projected(P, moments, W, np.ascontiguousarray(q[:, ::-1]))
+
+    def _truncated(self, projected: _Projected, rank: int | None) -> LinearFit:
+        """The best approximation of this rank."""
+        W, q, W2 = projected.W, projected.q, None
         if rank is not None and rank < q.shape[1]:
             W, W2 = W @ q[:, :rank], q[:, :rank].T
-        x_mean = (
-            self.moments.x_mean if P is None else _project(P, self.moments.x_mean[:, None])[:, 0]
-        )
-        seen = x_mean @ W
+        seen = projected.moments.x_mean @ W
         intercept = self.moments.y_mean - (seen if W2 is None else seen @ W2)
-        return LinearFit(P, W, W2, intercept, self.alpha)
+        return LinearFit(projected.P, W, W2, intercept, self.alpha)
 
     def refined(self, input_rank: int | None, rank: int | None, sweeps: int = 2) -> LinearFit:
         """``fit``, and from there alternating least squares: P for W1 W2 as it is, and back.
@@ -218,36 +242,22 @@ class ProjectedRidge:
             except LinAlgError:
                 break
             P = cho_solve(factor, right.ravel()).reshape(C, r1)
-            found = self._with_projection(np.linalg.qr(P)[0], rank)
+            found = self._truncated(self._behind(np.linalg.qr(P)[0]), rank)
             unexplained = self.moments.unexplained(found.weights)
             if unexplained >= least:
                 break
             best, least = found, unexplained
         return best
 
-    def _with_projection(self, P: np.ndarray, rank: int | None) -> LinearFit:
-        """The ridge regression behind a projection, and its best approximation of this rank."""
-        xx = _project(P, _project(P, self.moments.xx).T)
-        W = _ridge(xx, _project(P, self.moments.xy), self.alpha)
-        W2 = None
-        if rank is not None and rank < W.shape[1]:
-            q = eigh(W.T @ (xx @ W))[1][:, ::-1][:, :rank]
-            W, W2 = W @ q, q.T
-        seen = _project(P, self.moments.x_mean[:, None])[:, 0] @ W
-        intercept = self.moments.y_mean - (seen if W2 is None else seen @ W2)
-        return LinearFit(P, W, W2, intercept, self.alpha)
-
     def errors(self, input_rank: int | None) -> np.ndarray:
         """Relative squared error on the sums' own examples, for each r2 = 0, ..., c, (c + 1,)."""
-        self.fit(input_rank, None)
-        r1 = self.channels if input_rank is None else min(input_rank, self.channels)
-        P, W, q, xx = self._fitted[r1]
-        xy = self.moments.xy if P is None else _project(P, self.moments.xy)
+        projected = self._projected(input_rank)
+        moments = projected.moments
         # Along each direction q_k of the outputs: what W q_k leaves of Y q_k.
-        Wq, xyq = W @ q, xy @ q
-        gains = 2 * np.sum(Wq * xyq, axis=0) - np.sum(Wq * (xx @ Wq), axis=0)
-        left = self.moments.variance - np.concatenate([[0.0], np.cumsum(gains)])
-        return np.maximum(left, 0) / (self.moments.variance or 1.0)
+        Wq, xyq = projected.W @ projected.q, moments.xy @ projected.q
+        gains = 2 * np.sum(Wq * xyq, axis=0) - np.sum(Wq * (moments.xx @ Wq), axis=0)
+        left = moments.variance - np.concatenate([[0.0], np.cumsum(gains)])
+        return np.maximum(left, 0) / (moments.variance or 1.0)
 
 
 def _ridge(xx: np.ndarray, xy: np.ndarray, alpha: float) -> np.ndarray:

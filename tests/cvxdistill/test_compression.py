@@ -122,7 +122,7 @@ def test_the_error_is_that_of_the_outputs_on_held_out_examples(net, third):
     wanted, got = outputs(net, data), outputs(third.model, data)
     # Of all examples the error is about that of those held out, and not their training error.
     assert third.examples == 240 and third.held_out == 24
-    assert 0 < third.error == pytest.approx(relative_error(got, wanted), rel=0.3)
+    assert 0 < third.error == pytest.approx(relative_error(got, wanted), rel=0.5)
     held_out = np.random.default_rng(0).permutation(240) < 24
     assert third.error == pytest.approx(relative_error(got[held_out], wanted[held_out]), rel=1e-4)
 

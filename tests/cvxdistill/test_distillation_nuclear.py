@@ -21,7 +21,6 @@ from cvxdistill.adapters import (  # noqa: E402
     infer_layout,
     load_student,
 )
-from cvxdistill.low_rank_distillation import stream  # noqa: E402
 from cvxdistill.solvers import (  # noqa: E402
     RFISTA,
     GatedReLUProblem,
@@ -29,6 +28,7 @@ from cvxdistill.solvers import (  # noqa: E402
     LowRankNewton,
     LowRankProblem,
 )
+from cvxdistill.streamed_block import stream  # noqa: E402
 
 N = 120
 ALPHA = 0.02
