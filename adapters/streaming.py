@@ -16,6 +16,7 @@ from cvxdistill.adapters.layout import ConvLayout, DenseLayout
 from cvxdistill.adapters.module_tree import evaluating
 from cvxdistill.adapters.spans import Span
 from cvxdistill.adapters.token_mask import TokenMask
+from cvxdistill.solvers.random_order import random_order
 
 
 class Examples:
@@ -66,7 +67,7 @@ class Examples:
             raise ValueError(
                 f"data must hold at least 2 examples, to hold one out; got {self._count}."
             )
-        self._where = (rng.permutation(self._count) + 0.5) / self._count
+        self._where = (random_order(rng, self._count) + 0.5) / self._count
 
     def __len__(self) -> int:
         return self._count

@@ -247,7 +247,12 @@ def distill(
 @_LIMIT
 @click.option("--max-parameters", type=click.IntRange(min=1), help="Numbers of the whole.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Bytes of the whole.")
-@click.option("--max-error", type=float, help="Relative error of the output, held out.")
+@click.option("--max-error", type=float, help="Of the criterion, held out.")
+@click.option(
+    "--criterion",
+    type=click.Choice(["output", "agreement"]),
+    help="What counts: all of the output, or only which entry of it is the largest.",
+)
 @click.option("--blocks", help="Only these, with commas between; spans as first:last.")
 @click.option("--seed", "random_state", type=click.IntRange(min=0), help="For samples.")
 @click.option(

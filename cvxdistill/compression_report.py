@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cvxdistill.output_change import CRITERIA
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
@@ -29,8 +31,8 @@ class Choice:
     activation_error : float
         ||Y' - Y||_F / ||Y - mean Y||_F on held-out examples, from what the compressed network
         before it gives.
-    output_error : float
-        What it was expected to change in the model's output, alone (relative).
+    output_change : float
+        sqrt(E) that was expected of it alone.
     relative_gap : float
         Relative duality gap of the ridge regression that the student comes from.
     rows : int
@@ -43,7 +45,7 @@ class Choice:
     parameters_before: int
     parameters: int
     activation_error: float
-    output_error: float
+    output_change: float
     relative_gap: float
     rows: int
     seconds: float
@@ -62,7 +64,10 @@ class Compression:
     choices : tuple of Choice
         In the order in which they were made.
     error : float
-        ||F' - F||_F / ||F - mean F||_F of the model's output on held-out examples, measured.
+        Measured on held-out examples: ||F' - F||_F / ||F - mean F||_F of the model's output, or
+        the share of them that are classified otherwise.
+    criterion : {"output", "agreement"}
+        Which of the two.
     unit : {"parameters", "bytes"}
     before, after : int
         Of the model, in this unit.
@@ -82,6 +87,7 @@ class Compression:
     model: nn.Module
     choices: tuple[Choice, ...]
     error: float
+    criterion: str
     unit: str
     before: int
     after: int
@@ -140,7 +146,7 @@ class Compression:
         ax.step(sizes, errors, where="post", label="predicted, best allocation")
         ax.plot([self.after], [self.error], "o", color="C1", label="this model, measured")
         ax.axvline(self.before, color="black", linewidth=0.8, linestyle=":", label="original")
-        ax.set(xscale="log", xlabel=self.unit, ylabel="relative error of the output")
+        ax.set(xscale="log", xlabel=self.unit, ylabel=CRITERIA[self.criterion])
         ax.legend(fontsize=8)
         return ax
 
@@ -159,7 +165,7 @@ class Compression:
                 f"{c.parameters_before:,}",
                 f"{c.parameters:,}",
                 f"{c.activation_error:.3f}",
-                f"{c.output_error:.3f}",
+                f"{c.output_change:.3f}",
                 f"{c.relative_gap:.0e}",
                 f"{c.rows:,}",
                 f"{c.seconds:.1f}",
@@ -179,14 +185,14 @@ class Compression:
             f"Model: {self.before:,} -> {self.after:,} {self.unit} "
             f"({self.before / self.after:.1f} times smaller; the smallest possible is "
             f"{self.smallest:,})",
-            f"Relative error of its output on {self.held_out:,} of {self.examples:,} examples, "
+            f"{CRITERIA[self.criterion].capitalize()}, on {self.held_out:,} of {self.examples:,} "
             f"held out: {self.error:.3f}",
             f"{len(self.sites)} blocks and spans tried. Time: {phases}",
             "",
             *rows,
             "",
-            "error: relative activation error on held-out examples; output: the change of the "
-            "model's output",
+            f"error: relative activation error on held-out examples; output: the same "
+            f"{CRITERIA[self.criterion]},",
             "expected of this student alone; gap: relative duality gap of its ridge regression.",
         ]
         return "\n".join(lines)

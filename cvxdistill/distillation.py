@@ -18,6 +18,7 @@ from cvxdistill.report import Report
 from cvxdistill.selection import PolishedCandidate, choose, choose_polished
 from cvxdistill.solvers import RowSubset, sample_gates
 from cvxdistill.solvers.penalties import find_regularizer
+from cvxdistill.solvers.random_order import random_order
 
 if TYPE_CHECKING:
     from torch import nn
@@ -364,7 +365,7 @@ def _fit_data(
         raise ValueError(
             f"data must hold at least 2 examples, to hold one out; got {len(examples)}."
         )
-    order = examples[rng.permutation(len(examples))]
+    order = examples[random_order(rng, len(examples))]
     count = _held_out_examples(len(examples), validation_fraction)
     held_out, fitted = np.sort(order[:count]), np.sort(order[count:])
     # Tokens of one sequence are alike: they are held out together.

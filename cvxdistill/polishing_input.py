@@ -10,6 +10,7 @@ import numpy as np
 
 from cvxdistill.solvers import GatedOperator, Neurons, Polishing, evaluate_gates
 from cvxdistill.solvers.gates import check_gates
+from cvxdistill.solvers.random_order import random_order
 from cvxdistill.solvers.rows import check_rows
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class RowData:
             raise ValueError(
                 f"X must hold at least 2 examples, to hold one out; got {self.examples}."
             )
-        order = rng.permutation(self.examples)
+        order = random_order(rng, self.examples)
         count = min(max(1, round(self.examples * share)), self.examples - 1)
         return self.of(np.sort(order[count:])), self.of(np.sort(order[:count]))
 

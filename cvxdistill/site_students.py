@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cvxdistill.allocation import Option
 from cvxdistill.compression_report import Choice
 from cvxdistill.model_size import ModelSize
+from cvxdistill.output_change import OutputChange
 from cvxdistill.solvers import GatedStatistics, ProjectedRidge
 from cvxdistill.student_curves import (
     Size,
@@ -35,8 +36,8 @@ CURVE_ROWS, FIT_ROWS = 10, 50
 METRIC_EXAMPLES = 400
 # Sites that need more examples than this are gone through apart.
 FEW_EXAMPLES = 5000
-# Held-out examples at most; and of these, how many measure the curves.
-MOST_HELD_OUT, MEASURED_EXAMPLES = 2000, 400
+# Held-out examples at most.
+MOST_HELD_OUT = 2000
 # Students of each block whose effect on the output is measured; the others' is interpolated.
 MEASURED_SIZES = 3
 # Relative squared activation error from which on it is in proportion to the output's.
@@ -53,6 +54,7 @@ class SiteStudents:
         layers: Sequence[str],
         sites: Sequence[Site],
         validation_fraction: float,
+        criterion: str,
         rng: np.random.Generator,
         verbose: int,
     ) -> None:
@@ -62,10 +64,12 @@ class SiteStudents:
         self.n_held_out = max(1, min(round(n * validation_fraction), MOST_HELD_OUT, n - 1))
         self.share = self.n_held_out / n
         self._weightings: dict[str, Weighting] = {}
-        self._original: dict[float, tuple[list[np.ndarray], float]] = {}
+        self.change = OutputChange(
+            model, examples, self.share, self.n_held_out, criterion, self._keep_outputs
+        )
 
     def options(self, measure: ModelSize) -> list[Option]:
-        """Students of every site, and the squared error of the output that each is taken to add."""
+        """Students of every site, and what each is taken to add to the squared change."""
         from cvxdistill.adapters import stored_orders
 
         self._set_weightings()
@@ -87,7 +91,7 @@ class SiteStudents:
             sizes = student_sizes(ridge, site.layout, numbers)
             if not sizes:
                 continue
-            errors = self._output_errors(site, ridge, sizes)
+            errors = self._changes(site, ridge, sizes)
             saved = numbers - sum(
                 ModelSize(False).layer(self.model, name)
                 for name in self.layers[site.start : site.stop]
@@ -119,10 +123,10 @@ class SiteStudents:
 
         return best_ridge(sums, held_out, input_channels(site.layout))
 
-    def _output_errors(
+    def _changes(
         self, site: Site, ridge: ProjectedRidge, sizes: list[tuple[Size, float]]
     ) -> np.ndarray:
-        """E of every size: measured for some, in proportion to the activation error between."""
+        """Of every size: measured for some, in proportion to the activation error between."""
         from cvxdistill.adapters import swap_block
 
         logs = np.log([size.parameters for size, _ in sizes])
@@ -131,13 +135,16 @@ class SiteStudents:
         telling = int((activation > SMALLEST_TELLING).sum())
         last = max(telling - 1, 0)
         places = np.unique(np.linspace(0, last, MEASURED_SIZES).round().astype(int))
-        ratios = []
+        measured = []
         for k in places:
             size = sizes[k][0]
             fit = ridge.fit(size.input_rank, size.rank)
             student = linear_student(fit, site.layout, self._weightings.get(site.name))
             swapped = swap_block(self.model, site.span, student)
-            ratios.append(self._output_error(swapped, MEASURED_EXAMPLES) / activation[k])
+            measured.append(self.change.measure(swapped, roughly=True))
+        tells = np.array(measured) >= self.change.smallest_telling
+        tells[0] = True
+        places, ratios = places[tells], (np.array(measured) / activation[places])[tells]
         errors = activation * np.exp(
             np.interp(logs, logs[places], np.log(np.maximum(ratios, 1e-12)))
         )
@@ -170,7 +177,7 @@ class SiteStudents:
                     parameters_before=sum(p.numel() for p in numbers.values()),
                     parameters=student.parameters_stored,
                     activation_error=math.sqrt(fit.error(held_out)),
-                    output_error=math.sqrt(predicted),
+                    output_change=math.sqrt(predicted),
                     relative_gap=ridge.relative_gap,
                     rows=sums.n,
                     seconds=time.perf_counter() - start,
@@ -178,41 +185,10 @@ class SiteStudents:
             )
         return compressed.train(self.model.training), choices
 
-    def output_error(self, model: nn.Module) -> float:
-        """sqrt(E) of a model on all held-out examples."""
-        return math.sqrt(self._output_error(model, self.n_held_out))
-
-    def _output_error(self, model: nn.Module, most: int) -> float:
-        """E on at most so many held-out examples."""
-        share = self.share * min(1.0, most / self.n_held_out)
-        if share not in self._original:
-            outputs = list(self._outputs(self.model, share))
-            count = sum(map(len, outputs))
-            mean = sum(f.sum(axis=0, dtype=np.float64) for f in outputs) / count
-            self._original[share] = outputs, sum(float(((f - mean) ** 2).sum()) for f in outputs)
-        outputs, spread = self._original[share]
-        wrong = sum(
-            float(((a - b) ** 2).sum(dtype=np.float64))
-            for a, b in zip(self._outputs(model, share), outputs, strict=True)
-        )
-        if not np.isfinite(wrong):
-            return 1e12
-        return wrong / spread if spread > 0 else wrong
-
-    def _outputs(self, model: nn.Module, share: float) -> Iterator[np.ndarray]:
-        """What the model returns for held-out examples: rows, without masked tokens."""
-        from cvxdistill.adapters import evaluating, model_output
-
-        with evaluating(model):
-            for number, (batch, which) in enumerate(self.examples.between(0, share)):
-                output = model_output(model, batch)
-                keep = self._keep("", number, batch, which, (output, output))
-                if keep is not None:
-                    output = output[keep]
-                # Channels of images come second; of numbers alone each is its own row.
-                output = output.movedim(1, -1) if output.ndim > 3 else output
-                width = output.shape[-1] if output.ndim > 1 else 1
-                yield output.reshape(-1, width).numpy()
+    def _keep_outputs(
+        self, number: int, batch: Batch, which: np.ndarray, output: Tensor
+    ) -> Tensor | None:
+        return self._keep("", number, batch, which, (output, output))
 
     def _keep(
         self,

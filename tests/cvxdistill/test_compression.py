@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 
 import cvxdistill  # noqa: E402
 from cvxdistill.adapters import LinearStudent  # noqa: E402
+from cvxdistill.solvers.random_order import random_order  # noqa: E402
 
 
 def images(n: int = 240, seed: int = 0) -> torch.Tensor:
@@ -123,7 +124,7 @@ def test_the_error_is_that_of_the_outputs_on_held_out_examples(net, third):
     # Of all examples the error is about that of those held out, and not their training error.
     assert third.examples == 240 and third.held_out == 24
     assert 0 < third.error == pytest.approx(relative_error(got, wanted), rel=0.5)
-    held_out = np.random.default_rng(0).permutation(240) < 24
+    held_out = random_order(np.random.default_rng(0), 240) < 24
     assert third.error == pytest.approx(relative_error(got[held_out], wanted[held_out]), rel=1e-4)
 
 
@@ -383,7 +384,7 @@ def test_models_that_return_one_number_an_example():
     data = torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
     model = Number()
     result = compress(model, data, max_parameters=200, batch_size=23)
-    held_out = np.random.default_rng(0).permutation(500) < 50
+    held_out = random_order(np.random.default_rng(0), 500) < 50
     wanted, got = outputs(model, data)[held_out], outputs(result.model, data)[held_out]
     assert result.error == pytest.approx(relative_error(got, wanted), rel=1e-4)
 
@@ -406,7 +407,7 @@ class Images(nn.Module):
 def test_of_images_the_error_is_relative_to_the_spread_of_each_channel():
     model, data = Images(), images(200)
     result = compress(model, data, max_parameters=300)
-    held_out = np.random.default_rng(0).permutation(200) < 20
+    held_out = random_order(np.random.default_rng(0), 200) < 20
     wanted, got = (
         np.moveaxis(outputs(m, data)[held_out], 1, -1).reshape(-1, 2) for m in (model, result.model)
     )
@@ -535,3 +536,78 @@ def test_what_is_no_model_or_no_data_is_refused(net):
         compress(net, 3, max_error=0.1)
     with pytest.raises(ValueError, match="no block to replace"):
         compress(nn.Sequential(nn.ReLU()), images(20), max_error=0.1)
+
+
+def classes(model: nn.Module, data: torch.Tensor) -> np.ndarray:
+    return outputs(model, data).argmax(axis=1)
+
+
+class Confident(nn.Module):
+    """A nearly linear first half, and a second that squashes each output and keeps their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(12, 120), nn.ReLU(), nn.Linear(120, 4))
+        self.last = nn.Sequential(nn.Linear(4, 200), nn.Softsign(), nn.Linear(200, 4))
+        copies = torch.eye(4).repeat(50, 1)
+        with torch.no_grad():
+            self.first[0].bias.fill_(0.5)
+            self.last[0].weight.copy_(60 * copies)
+            self.last[0].bias.zero_()
+            self.last[2].weight.copy_(copies.T / 50)
+            self.last[2].bias.zero_()
+            self.register_buffer("middle", self.first(torch.zeros(1, 12)))
+
+    def forward(self, x):
+        return self.last(self.first(x) - self.middle)
+
+
+@pytest.fixture(scope="module")
+def confident() -> Confident:
+    return Confident().eval()
+
+
+def twelve(n: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def test_agreement_is_measured_on_held_out_examples(confident):
+    data = twelve(900, 1)
+    result = compress(confident, data, max_parameters=1000, criterion="agreement")
+    held_out = random_order(np.random.default_rng(0), 900) < 90
+    other = classes(confident, data) != classes(result.model, data)
+    assert result.criterion == "agreement" and result.error == other[held_out].mean() > 0
+    assert "classified otherwise" in str(result)
+    assert "classified otherwise" in result.plot_frontier().get_ylabel()
+
+
+def test_agreement_spends_the_budget_on_classes_and_not_on_scale(confident):
+    model, data, fresh = confident, twelve(3000, 1), twelve(3000, 2)
+    chosen, wrong, errors = {}, {}, {}
+    for criterion in ("output", "agreement"):
+        # Room for one of the two as it is.
+        options = {"max_parameters": 2300, "blocks": ["first", "last"], "criterion": criterion}
+        result = compress(model, data, **options)
+        chosen[criterion] = [choice.block for choice in result.choices]
+        wrong[criterion] = (classes(model, fresh) != classes(result.model, fresh)).mean()
+        errors[criterion] = relative_error(outputs(result.model, fresh), outputs(model, fresh))
+    assert chosen == {"output": ["first"], "agreement": ["last"]}
+    assert wrong["agreement"] < wrong["output"] and errors["output"] < errors["agreement"]
+
+
+def test_an_error_of_agreement_is_kept(confident):
+    data = twelve(2000, 1)
+    result = compress(confident, data, max_error=0.2, criterion="agreement")
+    held_out = random_order(np.random.default_rng(0), 2000) < 200
+    other = classes(confident, data) != classes(result.model, data)
+    assert other[held_out].mean() == result.error <= 0.2
+    assert result.after < result.before
+
+
+def test_agreement_needs_several_outputs(net):
+    data = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="gives one"):
+        compress(Number(), data, max_parameters=200, criterion="agreement")
+    with pytest.raises(ValueError, match="criterion must be one of output, agreement, got 'loss'"):
+        compress(net, images(20), max_parameters=200, criterion="loss")

@@ -11,6 +11,7 @@ from torch import nn  # noqa: E402
 
 import cvxdistill  # noqa: E402
 from cvxdistill.adapters import capture  # noqa: E402
+from cvxdistill.solvers.random_order import random_order  # noqa: E402
 
 QUIET = {"verbose": 0, "max_iter": 300}
 
@@ -116,7 +117,7 @@ def test_without_refit_the_student_gives_the_convex_programmes_prediction(dense)
     from cvxdistill.solvers import RFISTA, GatedReLUProblem, activation_patterns
 
     captured = capture(model, "body", X, verbose=0)
-    order = np.random.default_rng(0).permutation(600)
+    order = random_order(np.random.default_rng(0), 600)
     fitted = np.sort(order[60:])
     rows = np.hstack([captured.inputs, np.ones((600, 1), np.float32)])[fitted]
     gates = np.hstack([np.zeros((13, 1)), G]).astype(np.float32)
@@ -134,7 +135,7 @@ def test_without_refit_the_student_gives_the_convex_programmes_prediction(dense)
 def test_reported_error_and_parameters_are_those_of_the_student(dense, gated):
     model, X = dense
     captured = capture(model, "body", X, verbose=0)
-    held_out = np.sort(np.random.default_rng(0).permutation(600)[:60])
+    held_out = np.sort(random_order(np.random.default_rng(0), 600)[:60])
     with torch.no_grad():
         Z = gated.student(torch.from_numpy(captured.inputs[held_out])).numpy()
     Y = captured.outputs[held_out]

@@ -28,6 +28,7 @@ from cvxdistill.solvers import (  # noqa: E402
     LowRankNewton,
     LowRankProblem,
 )
+from cvxdistill.solvers.random_order import random_order  # noqa: E402
 from cvxdistill.streamed_block import stream  # noqa: E402
 
 N = 120
@@ -89,7 +90,7 @@ def distill(model: nn.Module, data: Any, **options: Any) -> cvxdistill.Distillat
 
 
 def fitted_examples(count: int = N, fraction: float = 0.1) -> np.ndarray:
-    return np.random.default_rng(0).permutation(count) >= round(fraction * count)
+    return random_order(np.random.default_rng(0), count) >= round(fraction * count)
 
 
 def recorded(model: nn.Module, data: torch.Tensor, name: str = "body") -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from cvxdistill.adapters import (  # noqa: E402
     student_neurons,
 )
 from cvxdistill.solvers import GatedOperator, evaluate_gates, hidden_features  # noqa: E402
+from cvxdistill.solvers.random_order import random_order  # noqa: E402
 
 POLISH = {"polish": "group_elastic_net"}
 LAYOUTS = {
@@ -128,7 +129,7 @@ def test_a_deployed_student_becomes_a_smaller_one(layout, dtype):
     assert small.n_gates == after.n_gates
     assert result.polishing.before.parameters == big.parameters_stored
     assert result.polishing.before.n_neurons == 15 and after.n_neurons <= 15
-    order = np.random.default_rng(0).permutation(300)[:30]
+    order = random_order(np.random.default_rng(0), 300)[:30]
     for student, point in ((big, result.polishing.before), (small, after)):
         Z, Y = outputs_of(student, inputs[order]), outputs[order]
         error = np.linalg.norm(Z - Y) / np.linalg.norm(Y)
@@ -243,7 +244,7 @@ def test_distill_to_a_number_of_neurons(net, plain, few):
 def test_the_polished_module_has_the_numbers_of_the_report(net, few):
     model, X = net
     captured = capture(model, "body", X, verbose=0)
-    held_out = np.sort(np.random.default_rng(0).permutation(1500)[:150])
+    held_out = np.sort(random_order(np.random.default_rng(0), 1500)[:150])
     Y = captured.outputs[held_out]
     Z = outputs_of(few.student, captured.inputs[held_out])
     error = np.linalg.norm(Z - Y) / np.linalg.norm(Y)

@@ -22,6 +22,7 @@ from cvxdistill.adapters import (  # noqa: E402
     teacher_gates,
 )
 from cvxdistill.solvers import RFISTA  # noqa: E402
+from cvxdistill.solvers.random_order import random_order  # noqa: E402
 
 SEQUENCES, LENGTH, WIDTH = 60, 9, 8
 QUICK: dict[str, Any] = {"verbose": 0, "max_iter": 100, "alpha": 1e-3, "n_gates": 6, "n_neurons": 6}
@@ -215,7 +216,7 @@ def test_the_student_gives_the_convex_programmes_prediction(case, monkeypatch):
     # The rows that were fitted: the tokens, without padding, of sequences that were not held out.
     taken, given = recorded_by_hooks(case.model, name, case.batches)
     fitted = np.zeros_like(case.keep)
-    fitted[np.random.default_rng(0).permutation(SEQUENCES)[SEQUENCES // 10 :]] = True
+    fitted[random_order(np.random.default_rng(0), SEQUENCES)[SEQUENCES // 10 :]] = True
     fitted &= case.keep
     ones = np.ones((*taken.shape[:2], 1), np.float32)
     X = np.concatenate([taken, ones], axis=2)
@@ -325,7 +326,7 @@ def test_held_out_tokens_are_those_of_whole_sequences(case):
     result = cvxdistill.distill(case.model, case.feed_forward[0], case.batches, **QUICK)
     report = result.report
     held_out = np.zeros(SEQUENCES, dtype=bool)
-    held_out[np.random.default_rng(0).permutation(SEQUENCES)[: SEQUENCES // 10]] = True
+    held_out[random_order(np.random.default_rng(0), SEQUENCES)[: SEQUENCES // 10]] = True
     assert report.held_out == held_out.sum()
     assert report.available_rows == case.keep[~held_out].sum()
     taken, given = recorded_by_hooks(case.model, case.feed_forward[0], case.batches)

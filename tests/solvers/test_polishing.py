@@ -22,6 +22,7 @@ from cvxdistill.solvers import (
     polish_neurons,
     refit_second_layer,
 )
+from cvxdistill.solvers.random_order import random_order
 from cvxdistill.solvers.second_layer import SecondLayerProgramme, sum_rows
 
 
@@ -265,7 +266,7 @@ def test_rows_are_held_out_by_the_random_state():
     )
     np.testing.assert_array_equal(first.network.W2, same.network.W2)
     assert first.polishing.before.error != other.polishing.before.error
-    order = np.random.default_rng(0).permutation(len(X))[:90]
+    order = random_order(np.random.default_rng(0), len(X))[:90]
     zero = np.zeros(3)
     expected = error(X[order], Y[order], G, units, zero)
     assert first.polishing.before.error == pytest.approx(expected, rel=1e-10)
