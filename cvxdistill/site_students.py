@@ -15,7 +15,7 @@ from cvxdistill.allocation import Option
 from cvxdistill.compression_report import Choice
 from cvxdistill.model_size import ModelSize
 from cvxdistill.output_change import OutputChange
-from cvxdistill.solvers import GatedStatistics, ProjectedRidge
+from cvxdistill.solvers import GatedStatistics, LinearFit, ProjectedRidge
 from cvxdistill.student_curves import (
     Size,
     Weighting,
@@ -27,7 +27,7 @@ from cvxdistill.student_curves import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from cvxdistill.adapters import Examples, Site
+    from cvxdistill.adapters import Examples, LinearStudent, Site
     from cvxdistill.adapters.batches import Batch
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
@@ -64,6 +64,7 @@ class SiteStudents:
         self.n_held_out = max(1, min(round(n * validation_fraction), MOST_HELD_OUT, n - 1))
         self.share = self.n_held_out / n
         self._weightings: dict[str, Weighting] = {}
+        self._offsets: dict[str, np.ndarray] = {}
         self.change = OutputChange(
             model, examples, self.share, self.n_held_out, criterion, self._keep_outputs
         )
@@ -139,7 +140,7 @@ class SiteStudents:
         for k in places:
             size = sizes[k][0]
             fit = ridge.fit(size.input_rank, size.rank)
-            student = linear_student(fit, site.layout, self._weightings.get(site.name))
+            student = self._student(site, fit)
             swapped = swap_block(self.model, site.span, student)
             measured.append(self.change.measure(swapped, roughly=True))
         tells = np.array(measured) >= self.change.smallest_telling
@@ -149,6 +150,11 @@ class SiteStudents:
             np.interp(logs, logs[places], np.log(np.maximum(ratios, 1e-12)))
         )
         return np.asarray(errors)
+
+    def _student(self, site: Site, fit: LinearFit) -> LinearStudent:
+        """Of a fit to the site's sums, which are of shifted inputs and weighted outputs."""
+        fit = fit.shifted(self._offsets[site.name])
+        return linear_student(fit, site.layout, self._weightings.get(site.name))
 
     def build(self, chosen: Sequence[Option], sequential: bool) -> tuple[nn.Module, list[Choice]]:
         """Fit the chosen students one after the other, and put each in its place."""
@@ -167,7 +173,7 @@ class SiteStudents:
             (held_out,) = self._sums(source, [site], None, CURVE_ROWS, "")
             ridge = self._ridge(site, sums, held_out)
             fit = ridge.refined(size.input_rank, size.rank)
-            student = linear_student(fit, site.layout, self._weightings.get(site.name))
+            student = self._student(site, fit)
             compressed = swap_block(compressed, site.span, student, inplace=True)
             numbers = {id(p): p for module in site.modules for p in module.parameters()}
             choices.append(
@@ -217,7 +223,9 @@ class SiteStudents:
     ) -> list[GatedStatistics]:
         """Sums of each site's inputs in ``source`` and outputs in the original.
 
-        Over ``need`` fitted examples, or over the held-out ones.
+        Over ``need`` fitted examples, or over the held-out ones. The mean of the first rows that a
+        site ever receives is subtracted from its inputs, always the same: features far from zero
+        would lose their digits.
         """
         from cvxdistill.adapters import BlockTaps, token_rows
 
@@ -252,5 +260,6 @@ class SiteStudents:
                     weighting = self._weightings.get(site.name)
                     if weighting is not None:
                         Y = Y @ weighting.root.astype(Y.dtype)
-                    total.update(X, Y, np.ones((len(X), 1), dtype=bool))
+                    offset = self._offsets.setdefault(site.name, X.mean(axis=0))
+                    total.update(X - offset, Y, np.ones((len(X), 1), dtype=bool))
         return sums

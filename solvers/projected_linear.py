@@ -63,6 +63,10 @@ class LinearFit:
         W = self.W1 if self.W2 is None else self.W1 @ self.W2
         return W if self.P is None else _spread(self.P, W)
 
+    def shifted(self, offset: np.ndarray) -> LinearFit:
+        """The same map of features to which ``offset``, (C T,), is added."""
+        return replace(self, intercept=self.intercept - offset @ self.weights)
+
     def error(self, statistics: GatedStatistics) -> float:
         """||Y' - Y||_F^2 / ||Y - mean Y||_F^2 on the examples of some sums."""
         moments = _Moments.of(statistics)

@@ -611,3 +611,18 @@ def test_agreement_needs_several_outputs(net):
         compress(Number(), data, max_parameters=200, criterion="agreement")
     with pytest.raises(ValueError, match="criterion must be one of output, agreement, got 'loss'"):
         compress(net, images(20), max_parameters=200, criterion="loss")
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
+def test_inputs_far_from_zero_keep_their_digits(mean):
+    """A low-rank layer whose inputs are large and hardly vary, as some channels of GPT-2 are."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(2, 40, 3, generator=generator) / 40**0.5
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 6)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(factors[0] @ factors[1].T)
+        model[0].bias.copy_(-mean * model[0].weight.sum(axis=1))
+    data = torch.randn(2000, 40, generator=generator) + mean
+    result = compress(model, data, max_parameters=600, blocks=["0"])
+    assert [choice.student for choice in result.choices] == ["rank 3"]
+    assert result.error < max(2e-4, 4e-7 * mean)

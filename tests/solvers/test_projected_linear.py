@@ -56,6 +56,17 @@ def test_the_error_from_sums_is_that_on_the_rows(ranks):
     assert fit.error(new) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize("ranks", [(None, None), (2, 3)])
+def test_a_fit_to_shifted_features_is_moved_back(ranks):
+    X, Y, _ = made()
+    offset = np.linspace(-3, 2, X.shape[1])
+    fit = ProjectedRidge(sums_of(X - offset, Y), 5, 1e-3).fit(*ranks)
+    back = fit.shifted(offset)
+    wanted = (X - offset) @ fit.weights + fit.intercept
+    np.testing.assert_allclose(X @ back.weights + back.intercept, wanted, atol=1e-9)
+    assert back.error(sums_of(X, Y)) == pytest.approx(fit.error(sums_of(X - offset, Y)), rel=1e-7)
+
+
 def test_a_projection_is_followed_by_ridge_regression_on_what_it_leaves():
     X, Y, sums = made()
     ridge = ProjectedRidge(sums, 5, 0.01)
