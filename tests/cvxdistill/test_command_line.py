@@ -171,9 +171,10 @@ def test_compress_writes_a_model_that_fits_the_budget_and_its_frontier(work: Pat
     out, png = work / "small.safetensors", work / "frontier.png"
     result = run(
         "compress", f"{work / 'net.py'}:network", "--data", work / "d.npz", "--max-parameters",
-        3000, "--output", out, "--frontier", png, "--quiet",
+        3000, "--criterion", "agreement", "--output", out, "--frontier", png, "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "classified otherwise" in result.output
     assert "accuracy on these 60 inputs" in result.output
     assert png.read_bytes()[:4] == b"\x89PNG"
     namespace: dict = {}
