@@ -33,6 +33,7 @@ from cvxdistill.solvers.low_rank_problem import (
 from cvxdistill.solvers.network import Neurons
 from cvxdistill.solvers.path import SolutionPath, decreasing_alphas
 from cvxdistill.solvers.solution import relative
+from cvxdistill.solvers.threads import one_blas_thread
 
 NEURON_LIMIT = "stationary with max_neurons"
 # Units in the first growth; later ones at most double their number.
@@ -45,7 +46,7 @@ SETTLED = 0.1
 # order in the distance to the optimum, the objective of second.
 ROUNDING = 1e-13
 # Conjugate gradients: relative residual, and most products in one step, with new units and without.
-CG_TOL, MOST_PRODUCTS = 0.1, (25, 50)
+CG_TOL, MOST_PRODUCTS = 0.1, (15, 30)
 # Steps without progress, one after the other, that end a solve.
 MOST_STALLED = 3
 
@@ -214,7 +215,8 @@ class LowRankNewton:
         bar = tqdm(
             total=self.max_iter, disable=not self.verbose, desc=type(self).__name__, leave=False
         )
-        with bar:
+        # The pools of NumPy's and SciPy's BLAS would wait for each other.
+        with bar, one_blas_thread():
             while True:
                 pairs = leading_pairs(point.C, alpha)
                 gap = duality_gap(point, pairs.largest)

@@ -23,10 +23,13 @@ import numpy as np
 
 from cvxdistill.solvers.gated_statistics import GatedStatistics
 from cvxdistill.solvers.rows import RowSource, row_blocks
+from cvxdistill.solvers.threads import run_in_threads
 
 GateSlices = list[tuple[int, slice]]
 # Above this many numbers in the eigenbases of all gates, a gate is only scaled by its diagonal.
 MOST_BASIS_NUMBERS = 2**28
+# Multiplications for which it pays to start threads.
+LEAST_IN_THREADS = 2**23
 
 
 def gate_slices(gate: np.ndarray) -> GateSlices:
@@ -146,24 +149,24 @@ class GramOperator(LowRankOperator):
         exact = self._small is None or U.dtype == np.float64
         gram = self._gram if exact else self._small
         assert gram is not None
-        T = np.empty((len(U), self.p * self.d), dtype=U.dtype)
-        used = [j for j, _ in units]
-        runs = [slice(0, self.p * self.d)]
-        if not every_gate and len(used) < self.p:
-            cuts = np.flatnonzero(np.diff(used) > 1) + 1
-            runs = [
-                slice(run[0] * self.d, (run[-1] + 1) * self.d)
-                for run in np.split(np.array(used, int), cuts)
-                if len(run)
-            ]
-        for k, own in units:
-            rows = gram[k * self.d : (k + 1) * self.d]
-            for run in runs:
-                np.matmul(U[own], rows[:, run], out=T[own, run])
-            if exact:
-                T[own] /= self.n
-                T[own] -= np.outer(U[own] @ self.feature_means[k], self.feature_means)
-        return T.reshape(len(U), self.p, self.d)
+        T = np.empty((len(U), self.p, self.d), dtype=U.dtype)
+
+        def fill(gates: list[int]) -> None:
+            for k, own in units:
+                rows = gram[k * self.d : (k + 1) * self.d]
+                for j in gates:
+                    here = T[own, j]
+                    np.matmul(U[own], rows[:, j * self.d : (j + 1) * self.d], out=here)
+                    if exact:
+                        here /= self.n
+                        here -= np.outer(U[own] @ self.feature_means[k], self.feature_means[j])
+
+        wanted = [*range(self.p)] if every_gate else [j for j, _ in units]
+        if len(U) * len(wanted) * self.d**2 < LEAST_IN_THREADS:
+            fill(wanted)
+        else:
+            run_in_threads(fill, wanted)
+        return T
 
     def inner(
         self, U: np.ndarray, T: np.ndarray, other: np.ndarray, units: GateSlices
