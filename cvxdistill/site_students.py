@@ -16,6 +16,7 @@ from cvxdistill.compression_report import Choice
 from cvxdistill.model_size import ModelSize
 from cvxdistill.output_change import OutputChange
 from cvxdistill.solvers import GatedStatistics, LinearFit, ProjectedRidge
+from cvxdistill.solvers.threads import one_blas_thread
 from cvxdistill.student_curves import (
     Size,
     Weighting,
@@ -86,10 +87,12 @@ class SiteStudents:
         held_out = dict(enumerate(self._sums(self.model, self.sites, None, CURVE_ROWS, "held out")))
         options: list[Option] = []
         for k, site in enumerate(tqdm(self.sites, desc="curves", disable=not self.verbose)):
-            ridge = self._ridge(site, sums.pop(k), held_out.pop(k))
             here = [p for module in site.modules for p in module.parameters()]
             numbers = sum(p.numel() for p in {id(p): p for p in here}.values())
-            sizes = student_sizes(ridge, site.layout, numbers)
+            # Torch's own threads, those of NumPy's BLAS and of SciPy's would wait for each other.
+            with one_blas_thread():
+                ridge = self._ridge(site, sums.pop(k), held_out.pop(k))
+                sizes = student_sizes(ridge, site.layout, numbers)
             if not sizes:
                 continue
             errors = self._changes(site, ridge, sizes)
@@ -139,7 +142,8 @@ class SiteStudents:
         measured = []
         for k in places:
             size = sizes[k][0]
-            fit = ridge.fit(size.input_rank, size.rank)
+            with one_blas_thread():
+                fit = ridge.fit(size.input_rank, size.rank)
             student = self._student(site, fit)
             swapped = swap_block(self.model, site.span, student)
             measured.append(self.change.measure(swapped, roughly=True))
@@ -171,8 +175,9 @@ class SiteStudents:
             need = self._examples_for(site, FIT_ROWS)
             (sums,) = self._sums(source, [site], need, FIT_ROWS, "")
             (held_out,) = self._sums(source, [site], None, CURVE_ROWS, "")
-            ridge = self._ridge(site, sums, held_out)
-            fit = ridge.refined(size.input_rank, size.rank)
+            with one_blas_thread():
+                ridge = self._ridge(site, sums, held_out)
+                fit = ridge.refined(size.input_rank, size.rank)
             student = self._student(site, fit)
             compressed = swap_block(compressed, site.span, student, inplace=True)
             numbers = {id(p): p for module in site.modules for p in module.parameters()}
