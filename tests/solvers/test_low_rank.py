@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cvxdistill.solvers.threads
 from cvxdistill.solvers import (
     RFISTA,
     GatedReLUProblem,
@@ -14,6 +15,7 @@ from cvxdistill.solvers import (
     LowRankNewton,
     LowRankProblem,
     Neurons,
+    low_rank_operator,
     weights_from_neurons,
 )
 from cvxdistill.solvers.low_rank_newton import Hessian, gradient, step_length
@@ -212,6 +214,24 @@ def test_patterns_that_are_not_used_cost_no_wrong_block():
     U = np.random.default_rng(0).standard_normal((3, 5))
     whole, part = A.hidden(U, units), A.hidden(U, units, every_gate=False)
     np.testing.assert_allclose(part[:, [1, 4]], whole[:, [1, 4]])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 9])
+@pytest.mark.parametrize("every_gate", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_hidden_units_are_the_same_in_threads(monkeypatch, threads, every_gate, dtype):
+    X, Y, D = data(n=200, p=6)
+    A = problem(X.astype(np.float32), Y.astype(np.float32), D).operator
+    units = Factors(np.ones((4, 5)), np.ones((4, 4)), np.array([0, 3, 3, 4])).units
+    U = np.random.default_rng(0).standard_normal((4, 5)).astype(dtype)
+    H = np.stack([X @ u * D[:, j] for u, j in zip(U, (0, 3, 3, 4), strict=True)])
+    masked = [X * D[:, [j]] for j in range(6)]
+    wanted = np.stack([(H - H.mean(1, keepdims=True)) @ a / len(X) for a in masked], axis=1)
+    monkeypatch.setattr(low_rank_operator, "LEAST_IN_THREADS", 0)
+    monkeypatch.setattr(cvxdistill.solvers.threads, "n_threads", lambda: threads)
+    gates = slice(None) if every_gate else [0, 3, 4]
+    T = A.hidden(U, units, every_gate)
+    np.testing.assert_allclose(T[:, gates], wanted[:, gates], rtol=1e-4, atol=1e-4)
 
 
 def test_a_path_is_warm_started_and_certified():
