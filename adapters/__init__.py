@@ -23,6 +23,7 @@ from cvxdistill.adapters.module_tree import (
     get_block,
     swap_block,
 )
+from cvxdistill.adapters.onnx_export import export_onnx
 from cvxdistill.adapters.sensitivity import output_metrics
 from cvxdistill.adapters.sites import Site, Sites, find_sites
 from cvxdistill.adapters.span_search import find_span
@@ -65,6 +66,7 @@ __all__ = [
     "check_model",
     "check_swappable",
     "evaluating",
+    "export_onnx",
     "find_following",
     "find_sites",
     "find_span",

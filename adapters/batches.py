@@ -123,6 +123,29 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, dict) else model(batch)
 
 
+def batch_length(batch: Batch) -> int:
+    """How many examples a batch holds."""
+    if isinstance(batch, dict):
+        return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim)
+    return len(batch)
+
+
+def take_examples(batch: Batch, chosen: np.ndarray, size: int) -> Batch:
+    """Some examples of a batch of ``size``."""
+    index = torch.from_numpy(chosen)
+
+    def part(value: Any) -> Any:
+        split = isinstance(value, Tensor) and value.ndim and len(value) == size
+        return value[index.to(value.device)] if split else value
+
+    return {k: part(v) for k, v in batch.items()} if isinstance(batch, dict) else part(batch)
+
+
+def start_of(batch: Batch) -> Batch:
+    """Its first two examples, or its only one, as a copy."""
+    return take_examples(batch, np.arange(min(2, batch_length(batch))), batch_length(batch))
+
+
 def to_batch(
     batch: Any, device: torch.device | None, dtype: torch.dtype | None, number: int = 0
 ) -> Batch:

@@ -25,6 +25,7 @@ from cvxdistill.adapters.batches import (
     count_batches,
     iterate_batches,
     run_model,
+    start_of,
 )
 from cvxdistill.adapters.call_count import count_calls
 from cvxdistill.adapters.call_structure import Structure, main_input
@@ -63,6 +64,8 @@ class Capture:
         How many rows each example has, one after the other, where one row is a token.
     dtypes : (torch.dtype, torch.dtype)
         What the block took and gave; other dtypes than float32 were converted.
+    example : Tensor or dict
+        The first two examples of the data, as the model is called with them.
     on_disk : bool
         Whether the arrays are memory maps of files in a temporary folder. The folder is removed by
         ``close()``, at the end of a ``with`` block, with the object, or when Python exits.
@@ -75,8 +78,10 @@ class Capture:
         dtypes: tuple[torch.dtype, torch.dtype],
         span: Span,
         tokens: np.ndarray | None,
+        example: Batch | None = None,
     ) -> None:
         self.block, self.dtypes, self.span, self.tokens = block, dtypes, span, tokens
+        self.example = example
         self._arrays: tuple[np.ndarray, ...] = store.finish()
         self.on_disk = store.on_disk
         # A memory map that outlives this object stays readable, but its file is gone.
@@ -257,6 +262,7 @@ def capture(
     recorder = _Recorder(block)
     record = _Record(block, memory_limit)
     span = Span(block, block)
+    example: Batch | None = None
     handles = []
     progress = tqdm(
         total=count_batches(data, batch_size),
@@ -268,6 +274,7 @@ def capture(
         with evaluating(model), progress:
             for number, batch in enumerate(iterate_batches(data, model, batch_size)):
                 if number == 0:
+                    example = start_of(batch)
                     first = last = target
                     if spanning:
                         span = search_span(model, block, batch)
@@ -301,7 +308,7 @@ def capture(
                 "generate with use_cache=False once it is replaced.",
                 stacklevel=2,
             )
-        return record.finish(recorder.dtypes, span)
+        return record.finish(recorder.dtypes, span, example)
     except BaseException:
         record.store.close()
         raise
@@ -344,14 +351,16 @@ class _Record:
                 )
         self.store.append(input.numpy(), output.numpy())
 
-    def finish(self, dtypes: tuple[torch.dtype, torch.dtype], span: Span) -> Capture:
+    def finish(
+        self, dtypes: tuple[torch.dtype, torch.dtype], span: Span, example: Batch | None
+    ) -> Capture:
         """Return the whole."""
         if not self.n_examples:
             raise ValueError("data holds no examples: it must yield at least one batch.")
         tokens = None if self._tokens is None else np.concatenate(self._tokens)
         if tokens is not None and not tokens.any():
             raise ValueError("the mask keeps no token of the data: it must be 1 for some.")
-        return Capture(self.block, self.store, dtypes, span, tokens)
+        return Capture(self.block, self.store, dtypes, span, tokens, example)
 
 
 def _per_token(input_shape: torch.Size, output_shape: torch.Size) -> bool:

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cvxdistill.adapters.batches import Batch, check_data, iterate_batches, run_model
+from cvxdistill.adapters.batches import (
+    Batch,
+    batch_length,
+    check_data,
+    iterate_batches,
+    run_model,
+    start_of,
+    take_examples,
+)
 from cvxdistill.adapters.call_structure import Structure, main_input, tensors_in
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
 from cvxdistill.adapters.module_tree import evaluating
@@ -57,9 +65,11 @@ class Examples:
         self.batches: list[Batch] = []
         self._count = 0
         for batch in iterate_batches(data, model, batch_size):
-            size = _length(batch)
+            size = batch_length(batch)
             left = size if max_examples is None else min(size, max_examples - self._count)
-            self.batches.append(batch if left == size else _take(batch, np.arange(left), size))
+            if left < size:
+                batch = take_examples(batch, np.arange(left), size)
+            self.batches.append(batch)
             self._count += left
             if self._count == max_examples:
                 break
@@ -75,19 +85,19 @@ class Examples:
     @property
     def small_batch(self) -> Batch:
         """Two examples or so, to find out about a model."""
-        return _start_of(self.batches[0])
+        return start_of(self.batches[0])
 
     @property
     def other_batches(self) -> list[Batch]:
         """One small batch of each other length of sequences or size of images that there is."""
         found = {_shapes_of(batch): batch for batch in reversed(self.batches)}
         found.pop(_shapes_of(self.batches[0]))
-        return [_start_of(batch) for batch in found.values()]
+        return [start_of(batch) for batch in found.values()]
 
     @property
     def largest_batch(self) -> int:
         """Examples in the largest batch."""
-        return max(map(_length, self.batches))
+        return max(map(batch_length, self.batches))
 
     def between(self, low: float, high: float) -> Iterator[tuple[Batch, np.ndarray]]:
         """Batches of the examples whose number in (0, 1) lies in [low, high), and which these are.
@@ -113,11 +123,11 @@ class Examples:
     def _pieces(self, low: float, high: float) -> Iterator[tuple[Batch, np.ndarray]]:
         start = 0
         for batch in self.batches:
-            size = _length(batch)
+            size = batch_length(batch)
             where = self._where[start : start + size]
             chosen = np.flatnonzero((where >= low) & (where < high))
             if len(chosen):
-                yield _take(batch, chosen, size), start + chosen
+                yield take_examples(batch, chosen, size), start + chosen
             start += size
 
 
@@ -222,12 +232,6 @@ def token_rows(
     return rows[:][:, :-1], layout.targets(outputs)
 
 
-def _length(batch: Batch) -> int:
-    if isinstance(batch, dict):
-        return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim)
-    return len(batch)
-
-
 def _alike(one: Batch, other: Batch) -> bool:
     """Whether two batches can be one: of the same shapes but for the number of examples."""
     if isinstance(one, dict) != isinstance(other, dict):
@@ -259,25 +263,10 @@ def _joined(pieces: list[tuple[Batch, np.ndarray]]) -> tuple[Batch, np.ndarray]:
     return joined, numbers
 
 
-def _start_of(batch: Batch) -> Batch:
-    return _take(batch, np.arange(min(2, _length(batch))), _length(batch))
-
-
 def _shapes_of(batch: Batch) -> tuple[tuple[int, ...], ...]:
     """Shapes without the axis of examples."""
     tensors = list(batch.values()) if isinstance(batch, dict) else [batch]
     return tuple(tuple(t.shape[1:]) for t in tensors if isinstance(t, Tensor) and t.ndim)
-
-
-def _take(batch: Batch, chosen: np.ndarray, size: int) -> Batch:
-    """Some examples of a batch of ``size``."""
-    index = torch.from_numpy(chosen)
-
-    def part(value: Any) -> Any:
-        split = isinstance(value, Tensor) and value.ndim and len(value) == size
-        return value[index.to(value.device)] if split else value
-
-    return {k: part(v) for k, v in batch.items()} if isinstance(batch, dict) else part(batch)
 
 
 def model_output(model: nn.Module, batch: Batch) -> Tensor:

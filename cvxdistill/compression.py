@@ -176,6 +176,7 @@ def compress(
         sites=tuple(site.name for site in found.sites),
         examples=len(examples),
         held_out=work.n_held_out,
+        example=examples.small_batch,
         criterion=criterion,
         seconds=seconds,
     )

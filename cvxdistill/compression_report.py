@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cvxdistill.adapters import Span
+    from cvxdistill.adapters.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Compression:
     sites : tuple of str
         All blocks and spans that were tried.
     examples, held_out : int
+    example : Tensor or dict
+        Two examples of the model's inputs, for exports.
     seconds : dict
         By phase.
     """
@@ -97,6 +100,7 @@ class Compression:
     sites: tuple[str, ...] = field(repr=False)
     examples: int
     held_out: int
+    example: Batch = field(repr=False)
     seconds: dict[str, float] = field(repr=False)
 
     def save(self, path: str | Path) -> None:
@@ -112,6 +116,23 @@ class Compression:
         from cvxdistill.adapters import save_compressed
 
         save_compressed(self.model, self.spans, path)
+
+    def export_onnx(self, path: str | Path, *, tolerance: float = 1e-4) -> float:
+        """Write the compressed model as ONNX and check the file; see ``Distillation.export_onnx``.
+
+        Returns
+        -------
+        float
+            The largest difference between onnxruntime's outputs and torch's.
+
+        Raises
+        ------
+        ImportError, ValueError, OSError
+            As there.
+        """
+        from cvxdistill.adapters import export_onnx
+
+        return export_onnx(self.model, self.example, path, tolerance=tolerance)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the choices as a pandas frame, one a row."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cvxdistill.adapters import Capture, ConvLayout, DenseLayout, GatedStudent, Span
+    from cvxdistill.adapters.batches import Batch
 
 STUDENTS = ("auto", "linear", "gated")
 POLISHES = ("group_elastic_net",)
@@ -45,6 +46,8 @@ class Distillation:
     span : Span
         The blocks that were replaced, for ``swap_block`` with another student: which of a span
         became identities, and how the block returns its tensor.
+    example : Tensor or dict
+        Two examples of the model's inputs, for exports.
     """
 
     model: nn.Module = field(repr=False)
@@ -52,6 +55,7 @@ class Distillation:
     report: Report = field(repr=False)
     candidates: tuple[Candidate, ...] = field(repr=False)
     span: Span = field(repr=False)
+    example: Batch = field(repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write the student as safetensors with a JSON header; ``load_student`` reads it.
@@ -64,6 +68,34 @@ class Distillation:
         from cvxdistill.adapters import save_student
 
         save_student(self.student, path)
+
+    def export_onnx(self, path: str | Path, *, tolerance: float = 1e-4) -> float:
+        """Write the model with its student as ONNX, for any number of examples, and check the file.
+
+        Parameters
+        ----------
+        path : str or Path
+        tolerance : float, default=1e-4
+            What onnxruntime's outputs may differ from torch's, relative to the largest of them if
+            that is above 1; for 1, 3 and 64 examples.
+
+        Returns
+        -------
+        float
+            The largest difference.
+
+        Raises
+        ------
+        ImportError
+            If onnx, onnxscript or onnxruntime is not installed.
+        ValueError
+            If the model cannot be expressed in ONNX, or differs. No file is written then.
+        OSError
+            If the file cannot be written.
+        """
+        from cvxdistill.adapters import export_onnx
+
+        return export_onnx(self.model, self.example, path, tolerance=tolerance)
 
 
 def distill(
@@ -299,7 +331,8 @@ def distill(
     swapped = swap_block(model, span, chosen.student, inplace=inplace)
     placed: Any = get_block(swapped, span.first)
     placed = placed.student if isinstance(placed, StructuredBlock) else placed
-    return Distillation(swapped, placed, report, tuple(candidates), span)
+    assert captured.example is not None
+    return Distillation(swapped, placed, report, tuple(candidates), span, captured.example)
 
 
 @contextmanager

@@ -216,7 +216,7 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
     swapped = swap_block(model, span, chosen.student, inplace=options["inplace"])
     placed: Any = get_block(swapped, span.first)
     placed = placed.student if isinstance(placed, StructuredBlock) else placed
-    return Distillation(swapped, placed, report, tuple(found), span)
+    return Distillation(swapped, placed, report, tuple(found), span, examples.small_batch)
 
 
 def _following(

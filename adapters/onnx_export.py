@@ -1,0 +1,156 @@
+"""A model as an ONNX file, for any number of examples, checked against torch before it is kept."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cvxdistill.adapters.batches import Batch, run_model
+from cvxdistill.adapters.call_structure import tensors_in
+from cvxdistill.adapters.module_tree import evaluating
+from cvxdistill.atomic_files import replacing
+
+# Numbers of examples that the file is tried with.
+CHECKED_BATCHES = (1, 3, 64)
+
+
+def export_onnx(
+    model: nn.Module, example: Batch, path: str | Path, *, tolerance: float = 1e-4
+) -> float:
+    """Write a model to an ONNX file that takes any number of examples, and run it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Exported as it is in eval mode; left as it was.
+    example : Tensor or dict
+        At least one example of its inputs; of a dict, what are no tensors are constants.
+    path : str or Path
+    tolerance : float, default=1e-4
+        What onnxruntime's outputs for 1, 3 and 64 examples may differ from torch's, relative to the
+        largest of them if that is above 1.
+
+    Returns
+    -------
+    float
+        The largest difference, so measured.
+
+    Raises
+    ------
+    ImportError
+        If onnx, onnxscript or onnxruntime is not installed.
+    ValueError
+        If torch cannot express the model in ONNX, or the file's outputs differ by more than
+        ``tolerance``. No file is written then.
+    OSError
+        If the file cannot be written.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'export_onnx needs {", ".join(missing)}: pip install "cvxdistill[onnx]"')
+    if isinstance(tolerance, bool) or not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
+    # One example would be taken for a constant.
+    two = _repeated(example, 2)
+    with evaluating(model), replacing(path) as temporary:
+        program = _exported(model, two)
+        with _quiet():
+            program.save(temporary)
+        worst = 0.0
+        for count in CHECKED_BATCHES:
+            worst = max(worst, _difference(model, _repeated(example, count), temporary))
+        if not worst <= tolerance:
+            raise ValueError(
+                f"onnxruntime's outputs differ from torch's by {worst:.1e}, more than tolerance "
+                f"({tolerance:.1e})."
+            )
+    return worst
+
+
+def _exported(model: nn.Module, batch: Batch) -> Any:
+    examples = torch.export.Dim("examples")
+    if isinstance(batch, dict):
+        args: tuple[Tensor, ...] = ()
+        kwargs = dict(batch)
+        shapes: Any = {k: {0: examples} if _splits(v) else None for k, v in batch.items()}
+        names = [name for name, value in batch.items() if _splits(value)]
+    else:
+        args, kwargs = (batch,), {}
+        first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+        several = first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL
+        shapes, names = ((({0: examples},),) if several else ({0: examples},)), ["input"]
+    try:
+        with _quiet():
+            return torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamic_shapes=shapes,
+                input_names=names,
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"torch cannot express this model in ONNX: {reason[0]}") from error
+
+
+def _difference(model: nn.Module, batch: Batch, path: Path) -> float:
+    """The largest difference between the file's outputs and the model's."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    tensors = batch if isinstance(batch, dict) else {names[0]: batch}
+    feed = {name: tensors[name].detach().cpu().numpy() for name in names}
+    wanted = [t.detach().cpu() for t in tensors_in(run_model(model, batch))]
+    found = session.run(None, feed)
+    if [tuple(t.shape) for t in wanted] != [np.shape(f) for f in found]:
+        return float("inf")
+    worst = 0.0
+    for tensor, array in zip(wanted, found, strict=True):
+        target = tensor.double().numpy()
+        scale = max(1.0, float(np.abs(target).max(initial=0.0)))
+        worst = max(worst, float(np.abs(array - target).max(initial=0.0)) / scale)
+    return worst
+
+
+def _splits(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _repeated(example: Batch, count: int) -> Batch:
+    """``count`` examples, those that there are over and over."""
+
+    def part(value: Any) -> Any:
+        if not _splits(value):
+            return value
+        return value[torch.arange(count, device=value.device) % len(value)]
+
+    return {k: part(v) for k, v in example.items()} if isinstance(example, dict) else part(example)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on what is not installed and what is deprecated."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
