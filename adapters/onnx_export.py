@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from cvxdistill.adapters.batches import Batch, run_model
 from cvxdistill.adapters.call_structure import tensors_in
 from cvxdistill.adapters.module_tree import evaluating
-from cvxdistill.atomic_files import replacing
 
 # Numbers of examples that the file is tried with.
 CHECKED_BATCHES = (1, 3, 64)
@@ -36,6 +35,7 @@ def export_onnx(
     example : Tensor or dict
         At least one example of its inputs; of a dict, what are no tensors are constants.
     path : str or Path
+        A file that is there is overwritten.
     tolerance : float, default=1e-4
         What onnxruntime's outputs for 1, 3 and 64 examples may differ from torch's, relative to the
         largest of them if that is above 1.
@@ -51,7 +51,7 @@ def export_onnx(
         If onnx, onnxscript or onnxruntime is not installed.
     ValueError
         If torch cannot express the model in ONNX, or the file's outputs differ by more than
-        ``tolerance``. No file is written then.
+        ``tolerance``. No file is there then.
     OSError
         If the file cannot be written.
     """
@@ -62,18 +62,22 @@ def export_onnx(
         raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
     # One example would be taken for a constant.
     two = _repeated(example, 2)
-    with evaluating(model), replacing(path) as temporary:
+    path, worst = Path(path), 0.0
+    with evaluating(model):
         program = _exported(model, two)
-        with _quiet():
-            program.save(temporary)
-        worst = 0.0
-        for count in CHECKED_BATCHES:
-            worst = max(worst, _difference(model, _repeated(example, count), temporary))
-        if not worst <= tolerance:
-            raise ValueError(
-                f"onnxruntime's outputs differ from torch's by {worst:.1e}, more than tolerance "
-                f"({tolerance:.1e})."
-            )
+        try:
+            with _quiet():
+                program.save(path)
+            for count in CHECKED_BATCHES:
+                worst = max(worst, _difference(model, _repeated(example, count), path))
+            if not worst <= tolerance:
+                raise ValueError(
+                    f"onnxruntime's outputs differ from torch's by {worst:.1e}, more than "
+                    f"tolerance ({tolerance:.1e})."
+                )
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
     return worst
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cvxdistill.atomic_files import check_parent, replacing
 from cvxdistill.output_change import CRITERIA
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ class Compression:
         """
         from cvxdistill.adapters import export_onnx
 
-        return export_onnx(self.model, self.example, path, tolerance=tolerance)
+        with replacing(check_parent(path, "path")) as temporary:
+            return export_onnx(self.model, self.example, temporary, tolerance=tolerance)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the choices as a pandas frame, one a row."""

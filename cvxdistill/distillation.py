@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cvxdistill.atomic_files import check_parent, replacing
 from cvxdistill.candidates import Candidate, FitData, gated_candidates, linear_candidates
 from cvxdistill.low_rank_distillation import distill_low_rank
 from cvxdistill.report import Report
@@ -89,13 +90,14 @@ class Distillation:
         ImportError
             If onnx, onnxscript or onnxruntime is not installed.
         ValueError
-            If the model cannot be expressed in ONNX, or differs. No file is written then.
+            If the model cannot be expressed in ONNX, or differs.
         OSError
-            If the file cannot be written.
+            If the file cannot be written. An existing file is replaced only when all is well.
         """
         from cvxdistill.adapters import export_onnx
 
-        return export_onnx(self.model, self.example, path, tolerance=tolerance)
+        with replacing(check_parent(path, "path")) as temporary:
+            return export_onnx(self.model, self.example, temporary, tolerance=tolerance)
 
 
 def distill(

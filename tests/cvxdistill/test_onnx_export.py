@@ -80,11 +80,15 @@ def test_distilled_models_give_what_torch_gives(net, tmp_path, kind):
     check(path, result.model)
 
 
-def test_compressed_models_give_what_torch_gives(net, tmp_path):
-    result = cvxdistill.compress(net, images(300), max_parameters=1500, verbose=0)
-    assert result.choices
-    result.export_onnx(tmp_path / "model.onnx")
-    check(tmp_path / "model.onnx", result.model)
+@pytest.fixture(scope="module")
+def compressed(net) -> cvxdistill.Compression:
+    return cvxdistill.compress(net, images(300), max_parameters=1500, verbose=0)
+
+
+def test_compressed_models_give_what_torch_gives(compressed, tmp_path):
+    assert compressed.choices
+    compressed.export_onnx(tmp_path / "model.onnx")
+    check(tmp_path / "model.onnx", compressed.model)
 
 
 def test_batches_that_are_dictionaries(tmp_path):
@@ -112,13 +116,18 @@ def test_batches_that_are_dictionaries(tmp_path):
     np.testing.assert_allclose(found[0], wanted, atol=1e-4)
 
 
-def test_a_file_that_differs_is_not_kept(net, tmp_path):
+def test_a_file_that_differs_is_not_kept(net, compressed, tmp_path):
     path = tmp_path / "model.onnx"
-    path.write_bytes(b"what was there")
     with pytest.raises(ValueError, match="differ from torch's by"):
         export_onnx(net, images(2), path, tolerance=1e-30)
+    assert not [*tmp_path.iterdir()]
+    path.write_bytes(b"what was there")
+    with pytest.raises(ValueError, match="differ from torch's by"):
+        compressed.export_onnx(path, tolerance=1e-30)
     assert path.read_bytes() == b"what was there"
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    with pytest.raises(FileNotFoundError, match=r"path: the folder .* does not exist"):
+        compressed.export_onnx(tmp_path / "nowhere" / "model.onnx")
 
 
 class Choosy(nn.Module):
