@@ -126,8 +126,13 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 def batch_length(batch: Batch) -> int:
     """How many examples a batch holds."""
     if isinstance(batch, dict):
-        return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim)
+        return next(len(v) for v in batch.values() if holds_examples(v))
     return len(batch)
+
+
+def holds_examples(value: Any) -> bool:
+    """Whether a value of a batch is a tensor with an axis of examples."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def take_examples(batch: Batch, chosen: np.ndarray, size: int) -> Batch:
@@ -135,7 +140,7 @@ def take_examples(batch: Batch, chosen: np.ndarray, size: int) -> Batch:
     index = torch.from_numpy(chosen)
 
     def part(value: Any) -> Any:
-        split = isinstance(value, Tensor) and value.ndim and len(value) == size
+        split = holds_examples(value) and len(value) == size
         return value[index.to(value.device)] if split else value
 
     return {k: part(v) for k, v in batch.items()} if isinstance(batch, dict) else part(batch)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cvxdistill.adapters.batches import Batch, run_model
+from cvxdistill.adapters.batches import Batch, holds_examples, run_model
 from cvxdistill.adapters.call_structure import tensors_in
 from cvxdistill.adapters.module_tree import evaluating
 
@@ -86,8 +86,8 @@ def _exported(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, dict):
         args: tuple[Tensor, ...] = ()
         kwargs = dict(batch)
-        shapes: Any = {k: {0: examples} if _splits(v) else None for k, v in batch.items()}
-        names = [name for name, value in batch.items() if _splits(value)]
+        shapes: Any = {k: {0: examples} if holds_examples(v) else None for k, v in batch.items()}
+        names = [name for name, value in batch.items() if holds_examples(value)]
     else:
         args, kwargs = (batch,), {}
         first = next(iter(inspect.signature(model.forward).parameters.values()), None)
@@ -131,15 +131,11 @@ def _difference(model: nn.Module, batch: Batch, path: Path) -> float:
     return worst
 
 
-def _splits(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
-
-
 def _repeated(example: Batch, count: int) -> Batch:
     """``count`` examples, those that there are over and over."""
 
     def part(value: Any) -> Any:
-        if not _splits(value):
+        if not holds_examples(value):
             return value
         return value[torch.arange(count, device=value.device) % len(value)]
 

@@ -14,6 +14,7 @@ from cvxdistill.adapters.batches import (
     Batch,
     batch_length,
     check_data,
+    holds_examples,
     iterate_batches,
     run_model,
     start_of,
@@ -239,15 +240,12 @@ def _alike(one: Batch, other: Batch) -> bool:
     if not isinstance(one, dict) or not isinstance(other, dict):
         return _shapes_of(one) == _shapes_of(other)
     rest = [
-        {key: value for key, value in batch.items() if not _splits(value)} for batch in (one, other)
+        {key: value for key, value in batch.items() if not holds_examples(value)}
+        for batch in (one, other)
     ]
     plain = not any(isinstance(value, Tensor) for value in rest[0].values())
     same = one.keys() == other.keys() and _shapes_of(one) == _shapes_of(other)
     return same and plain and bool(rest[0] == rest[1])
-
-
-def _splits(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _joined(pieces: list[tuple[Batch, np.ndarray]]) -> tuple[Batch, np.ndarray]:
@@ -257,7 +255,7 @@ def _joined(pieces: list[tuple[Batch, np.ndarray]]) -> tuple[Batch, np.ndarray]:
         return torch.cat(tensors), numbers
     dicts = [batch for batch, _ in pieces if isinstance(batch, dict)]
     joined = {
-        key: torch.cat([batch[key] for batch in dicts]) if _splits(value) else value
+        key: torch.cat([batch[key] for batch in dicts]) if holds_examples(value) else value
         for key, value in dicts[0].items()
     }
     return joined, numbers

@@ -75,10 +75,10 @@ def compress(
         Names of blocks and spans (``"layer3:layer4"``) that may be replaced.
     criterion : {"output", "agreement"}, default="output"
         What E compares: all that the model returns, or, of a classifier, only which of its outputs
-        is the largest. A student of the last blocks often gets the scale of the outputs wrong and
-        the classes right, so that "agreement" makes better classifiers for the same budget. A
-        classifier that agrees with the original on all but 2 % of the examples is at most 2 points
-        less accurate on them.
+        is the largest. A student of the last blocks may get the classes right and the scale of the
+        outputs wrong: that is an error of the output, and none of agreement. A classifier that
+        agrees with the original on all but 2 % of the examples is at most 2 points less accurate
+        on them.
     sequential : bool, default=True
         Fit each student to what the compressed network before it gives; False: to what the original
         gives.

@@ -214,8 +214,8 @@ class Compression:
             "",
             *rows,
             "",
-            f"error: relative activation error on held-out examples; output: the same "
+            "error: relative activation error on held-out examples; output: "
             f"{CRITERIA[self.criterion]},",
-            "expected of this student alone; gap: relative duality gap of its ridge regression.",
+            "as expected of this student alone; gap: relative duality gap of its ridge regression.",
         ]
         return "\n".join(lines)

@@ -65,7 +65,12 @@ class OutputChange:
     ) -> None:
         self.model, self.examples, self.share, self.held_out = model, examples, share, held_out
         self.criterion, self.keep = criterion, keep
-        self._original: dict[float, list[np.ndarray]] = {}
+        self._original: dict[float, tuple[list[np.ndarray], float]] = {}
+        if criterion == "agreement" and self._outputs_of_original(share)[0][0].shape[1] < 2:
+            raise ValueError(
+                "criterion='agreement' compares which of several outputs is the largest; this "
+                "model gives one. Use criterion='output'."
+            )
 
     @property
     def smallest_telling(self) -> float:
@@ -80,25 +85,24 @@ class OutputChange:
         if roughly and self.criterion == "output":
             most = min(most, ENOUGH_FOR_ERRORS)
         share = self.share * most / self.held_out
-        if share not in self._original:
-            self._original[share] = list(self._outputs(self.model, share))
-        original = self._original[share]
+        original, spread = self._outputs_of_original(share)
+        pairs = zip(self._outputs(model, share), original, strict=True)
         if self.criterion == "agreement":
-            if original[0].shape[1] < 2:
-                raise ValueError(
-                    "criterion='agreement' compares which of several outputs is the largest; this "
-                    "model gives one. Use criterion='output'."
-                )
-            pairs = zip(self._outputs(model, share), original, strict=True)
             other = sum(int((a.argmax(axis=1) != b.argmax(axis=1)).sum()) for a, b in pairs)
             return float((other / sum(map(len, original))) ** 2)
-        mean = sum(f.sum(axis=0, dtype=np.float64) for f in original) / sum(map(len, original))
-        spread = sum(float(((f - mean) ** 2).sum()) for f in original)
-        pairs = zip(self._outputs(model, share), original, strict=True)
         wrong = sum(float(((a - b) ** 2).sum(dtype=np.float64)) for a, b in pairs)
         if not np.isfinite(wrong):
             return 1e12
         return wrong / spread if spread > 0 else wrong
+
+    def _outputs_of_original(self, share: float) -> tuple[list[np.ndarray], float]:
+        """Its outputs for the first of the examples, once and for all, and ||F - mean F||_F^2."""
+        if share not in self._original:
+            outputs = list(self._outputs(self.model, share))
+            mean = sum(f.sum(axis=0, dtype=np.float64) for f in outputs) / sum(map(len, outputs))
+            spread = sum(float(((f - mean) ** 2).sum()) for f in outputs)
+            self._original[share] = outputs, spread
+        return self._original[share]
 
     def _outputs(self, model: nn.Module, share: float) -> Iterator[np.ndarray]:
         """What the model returns for held-out examples: rows, without masked tokens."""

@@ -14,7 +14,7 @@ pytest.importorskip("onnxscript")
 from torch import nn  # noqa: E402
 
 import cvxdistill  # noqa: E402
-from cvxdistill.adapters import export_onnx, onnx_export  # noqa: E402
+from cvxdistill.adapters import LinearStudent, export_onnx, onnx_export  # noqa: E402
 
 
 class Net(nn.Module):
@@ -114,6 +114,17 @@ def test_batches_that_are_dictionaries(tmp_path):
         wanted = result.model(**batch).last_hidden_state.numpy()
     found = run(tmp_path / "bert.onnx", {name: value.numpy() for name, value in batch.items()})
     np.testing.assert_allclose(found[0], wanted, atol=1e-4)
+
+
+def test_a_student_alone(compressed, tmp_path):
+    for student in compressed.model.modules():
+        if isinstance(student, LinearStudent):
+            inputs = torch.randn(5, *student.layout.input_shape)
+            export_onnx(student, inputs, tmp_path / "student.onnx")
+            (found,) = run(tmp_path / "student.onnx", {"input": inputs.numpy()})
+            np.testing.assert_allclose(found, student(inputs).detach().numpy(), atol=1e-4)
+            return
+    raise AssertionError("no student")
 
 
 def test_a_file_that_differs_is_not_kept(net, compressed, tmp_path):
