@@ -43,7 +43,8 @@ class GroupElasticNetProblem:
         each group: every feature in one of them. By default every feature by itself, and for a
         gated operator the d features of each gate.
     group_weights : array of shape (groups,), optional
-        w_g >= 0, 1 by default; of labels, in increasing order.
+        w_g >= 0, 1 by default; of labels, in increasing order. Where features of weight 0 separate
+        the classes a log loss has no minimiser: solvers stop by "no progress" with an infinite gap.
     l1_ratio : float in [0, 1], default=1.0
     loss : {"squared", "huber", "logistic", "multinomial", "poisson"} or Loss
     fit_intercept : bool, default=True

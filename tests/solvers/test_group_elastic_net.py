@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from cvxdistill.solvers import (
     RFISTA,
@@ -49,6 +50,31 @@ def random_problem(seed, loss, n=40, c=3, **options):
         "sample_weight": rng.uniform(0.3, 3, n) if rng.random() < 0.5 else None,
     }
     return GroupElasticNetProblem(X, Y, labels, loss=loss, **{**settings_, **options}), X, Y
+
+
+def separated(problem, X, Y):
+    """Whether a direction of the unpenalised features alone never hurts a class, and helps one.
+
+    Then the log loss has no minimiser. By a linear programme: the largest sum of the margins
+    u_i^T (w_(class of i) - w_k) >= 0 over directions w_k in a box.
+    """
+    U = X[:, problem.order[problem.starts[-2] :]]
+    if problem.fit_intercept:
+        U = np.hstack([U, np.ones((len(U), 1))])
+    if Y.shape[1] == 1:
+        Y = np.hstack([Y > 0, Y < 0])
+    signs = [own - other for own in np.eye(Y.shape[1]) for other in np.eye(Y.shape[1])]
+    classes = Y.argmax(axis=1)
+    margins = np.array(
+        [
+            np.kron(sign, u)
+            for u, k in zip(U, classes, strict=True)
+            for sign in signs
+            if sign[k] == 1
+        ]
+    )
+    best = linprog(-margins.sum(axis=0), -margins, np.zeros(len(margins)), bounds=(-1, 1))
+    return -best.fun > 1e-6
 
 
 def cvxpy_objective(problem, X, Y, alpha):
@@ -154,7 +180,9 @@ def test_a_gated_operator_gives_the_c_grelu_programme(form, loss, fit_intercept)
 @example(seed=167810726, loss="huber")
 @settings(max_examples=25, deadline=None)
 def test_both_forms_agree_along_a_path_and_are_certified(seed, loss):
-    problem, _, _ = random_problem(seed, loss)
+    problem, X, Y = random_problem(seed, loss)
+    if loss in ("logistic", "multinomial") and (problem.group_weights == 0).any():
+        assume(not separated(problem, X, Y))
     paths = [
         BlockCoordinateDescent(tol=1e-7, form=form).path(problem, n_alphas=6, eps=0.05)
         for form in ("covariance", "naive")
@@ -163,6 +191,14 @@ def test_both_forms_agree_along_a_path_and_are_certified(seed, loss):
         assert one.converged and two.converged
         assert one.objective == pytest.approx(two.objective, rel=3e-7, abs=1e-12)
     assert paths[0].active_groups[0] <= 1 + (problem.group_weights == 0).sum()
+
+
+@FORMS
+def test_unpenalised_features_that_separate_the_classes_are_never_certified(form):
+    problem, X, Y = random_problem(510510, "multinomial")
+    assert separated(problem, X, Y)
+    solution = BlockCoordinateDescent(tol=1e-7, form=form).solve(problem, 0.1)
+    assert solution.status == "no progress" and solution.duality_gap == np.inf
 
 
 @FORMS
