@@ -8,6 +8,7 @@ from cvxdistill.adapters.block_table import BlockInfo, block_table, measure_bloc
 from cvxdistill.adapters.capture import Capture, capture
 from cvxdistill.adapters.compressed_storage import load_compressed, save_compressed
 from cvxdistill.adapters.following import FollowingMap, find_following
+from cvxdistill.adapters.latency import Latency, measure_latency, measure_onnx_latency
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout, infer_layout
 from cvxdistill.adapters.linear_student import (
     LinearStudent,
@@ -24,6 +25,7 @@ from cvxdistill.adapters.module_tree import (
     swap_block,
 )
 from cvxdistill.adapters.onnx_export import export_onnx
+from cvxdistill.adapters.quantization import Int8Layer, quantize_student, stored_dtype
 from cvxdistill.adapters.sensitivity import output_metrics
 from cvxdistill.adapters.sites import Site, Sites, find_sites
 from cvxdistill.adapters.span_search import find_span
@@ -53,6 +55,8 @@ __all__ = [
     "Examples",
     "FollowingMap",
     "GatedStudent",
+    "Int8Layer",
+    "Latency",
     "LinearStudent",
     "OnlineState",
     "Site",
@@ -78,11 +82,15 @@ __all__ = [
     "load_online_state",
     "load_student",
     "measure_blocks",
+    "measure_latency",
+    "measure_onnx_latency",
     "model_output",
     "output_metrics",
+    "quantize_student",
     "save_compressed",
     "save_online_state",
     "save_student",
+    "stored_dtype",
     "stored_orders",
     "stored_size",
     "student_neurons",

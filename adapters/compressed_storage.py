@@ -13,8 +13,9 @@ from torch import nn
 from cvxdistill.adapters.call_structure import Structure
 from cvxdistill.adapters.linear_student import LinearStudent
 from cvxdistill.adapters.module_tree import check_model, get_block, swap_block
+from cvxdistill.adapters.quantization import DTYPES, as_stored, stored_dtype
 from cvxdistill.adapters.spans import Span
-from cvxdistill.adapters.storage import dtype_of, layout_of, read_tensors, write_tensors
+from cvxdistill.adapters.storage import layout_of, read_tensors, write_tensors
 
 FORMAT = "cvxdistill-compressed"
 
@@ -53,7 +54,7 @@ def save_compressed(model: nn.Module, spans: Sequence[Span], path: str | os.Path
                 "layout": {"class": type(student.layout).__name__, **asdict(student.layout)},
                 "input_rank": student.input_rank,
                 "rank": student.rank,
-                "dtype": str(student.dtype).removeprefix("torch."),
+                "dtype": stored_dtype(student),
             }
         )
     tensors = {}
@@ -95,12 +96,12 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
             last = others[-1] if others else first
             span = Span(first, last, tuple(others[:-1]))
             student = LinearStudent(
-                layout_of(record["layout"]),
-                record["input_rank"],
-                record["rank"],
-                dtype=dtype_of(record["dtype"]),
+                layout_of(record["layout"]), record["input_rank"], record["rank"]
             )
             compressed = swap_block(compressed, span, student, inplace=True)
+            # It has the dtype of the model now, which is right unless it was quantised.
+            if record["dtype"] in DTYPES:
+                as_stored(student, record["dtype"])
         compressed.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged, or of another architecture: {error}") from error

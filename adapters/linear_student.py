@@ -80,13 +80,18 @@ class LinearStudent(nn.Module):
         return sum(tensor.numel() for tensor in self.state_dict().values())
 
     @property
+    def bytes_stored(self) -> int:
+        """What these take in memory and, but for a header, in a file."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    @property
     def trainable(self) -> int:
         """The stored numbers that a gradient could change."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype of the weights."""
+        """The floating dtype of the weights; if they are in int8, of the biases."""
         return next(self.parameters()).dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,7 +121,8 @@ class LinearStudent(nn.Module):
         """Say the shapes and sizes in ``repr(model)``."""
         return (
             f"{self.layout.input_shape} -> {self.layout.output_shape}, "
-            f"input_rank={self.input_rank}, rank={self.rank}, stored={self.parameters_stored}"
+            f"input_rank={self.input_rank}, rank={self.rank}, stored={self.parameters_stored}, "
+            f"bytes={self.bytes_stored}"
         )
 
 

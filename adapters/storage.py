@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
+from cvxdistill.adapters.quantization import as_stored, stored_dtype
 from cvxdistill.adapters.student import GatedStudent
 from cvxdistill.solvers import HiddenStatistics
 
@@ -202,7 +203,7 @@ def _header(student: GatedStudent) -> str:
             "n_gates": student.n_gates,
             "linear_rank": student.linear_rank,
             "shared_gates": student.shared_gates,
-            "dtype": str(student.dtype).removeprefix("torch."),
+            "dtype": stored_dtype(student),
         }
     )
 
@@ -220,14 +221,14 @@ def _student(
 
 def _empty_student(header: dict[str, Any]) -> GatedStudent:
     """Build the module that the header describes, its weights still to be read."""
-    return GatedStudent(
+    student = GatedStudent(
         layout_of(header["layout"]),
         n_units=header["n_units"],
         n_gates=header["n_gates"],
         linear_rank=header["linear_rank"],
         shared_gates=header["shared_gates"],
-        dtype=dtype_of(header["dtype"]),
     )
+    return as_stored(student, header["dtype"])
 
 
 def layout_of(header: dict[str, Any]) -> DenseLayout | ConvLayout:
@@ -235,11 +236,3 @@ def layout_of(header: dict[str, Any]) -> DenseLayout | ConvLayout:
     layout = dict(header)
     classes = {"DenseLayout": DenseLayout, "ConvLayout": ConvLayout}
     return classes[layout.pop("class")](**layout)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype with this name, as "float32"."""
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {name!r} is unknown.")
-    return dtype

@@ -89,18 +89,22 @@ class GatedStudent(nn.Module):
         return sum(tensor.numel() for tensor in self.state_dict().values())
 
     @property
+    def bytes_stored(self) -> int:
+        """What these take in memory and, but for a header, in a file."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    @property
     def trainable(self) -> int:
-        """The stored numbers that a gradient could change: all but the gates and their index."""
-        frozen = ("gate.", "gate_index")
+        """The stored numbers that a gradient could change: no gates, no index, none in int8."""
         return sum(
-            tensor.numel()
-            for name, tensor in self.state_dict().items()
-            if not name.startswith(frozen)
+            parameter.numel()
+            for name, parameter in self.named_parameters()
+            if not name.startswith("gate.")
         )
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype of the weights."""
+        """The floating dtype of the weights; if they are in int8, of the biases."""
         return next(self.parameters()).dtype
 
     def forward(self, input: Tensor | None = None, *others: Any, **named: Any) -> Tensor:
@@ -148,7 +152,8 @@ class GatedStudent(nn.Module):
         rank = {None: "none", 0: "full"}.get(self.linear_rank, self.linear_rank)
         return (
             f"{self.layout.input_shape} -> {self.layout.output_shape}, units={self.n_units}, "
-            f"gates={self.n_gates}, linear_rank={rank}, stored={self.parameters_stored}"
+            f"gates={self.n_gates}, linear_rank={rank}, stored={self.parameters_stored}, "
+            f"bytes={self.bytes_stored}"
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
+from cvxdistill.adapters.quantization import refuse_int8
 from cvxdistill.adapters.student import GatedStudent, always_on
 from cvxdistill.solvers import Neurons
 
@@ -30,10 +31,11 @@ def student_neurons(student: GatedStudent) -> StudentNeurons:
     Raises
     ------
     TypeError
-        If ``student`` is not a GatedStudent.
+        If ``student`` is not a GatedStudent, or its weights are in int8.
     """
     if not isinstance(student, GatedStudent):
         raise TypeError(f"student must be a GatedStudent, got {type(student).__name__}.")
+    refuse_int8(student)
     d, c = student.layout.n_features, student.layout.n_outputs
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     gates = np.zeros((d, 0), np.float32)

@@ -143,6 +143,39 @@ class Candidate:
     seconds: float
 
 
+@dataclass(frozen=True)
+class PathPoint:
+    """One alpha of the path that students come from.
+
+    Attributes
+    ----------
+    kind : {"linear", "gated"}
+    alpha : float
+    n_neurons : int
+        Hidden units of the best student of this alpha.
+    error : float
+        Its relative activation error on held-out examples; nan where none is small enough.
+    duality_gap : float
+        Relative duality gap of the convex programme.
+    """
+
+    kind: str
+    alpha: float
+    n_neurons: int
+    error: float
+    duality_gap: float
+
+    @classmethod
+    def best_of(
+        cls, kind: str, alpha: float, duality_gap: float, found: Sequence[Candidate]
+    ) -> PathPoint:
+        """The point of an alpha with these students."""
+        if not found:
+            return cls(kind, alpha, 0, float("nan"), duality_gap)
+        best = min(found, key=lambda candidate: candidate.error)
+        return cls(kind, alpha, best.n_neurons, best.error, duality_gap)
+
+
 def linear_candidates(
     data: FitData,
     *,
@@ -151,10 +184,11 @@ def linear_candidates(
     most_parameters: int,
     refit: bool,
     tol: float,
-) -> list[Candidate]:
+) -> tuple[list[Candidate], list[PathPoint]]:
     """Linear students: C-GReLU with one gate that is always on, ridge, truncated to low rank.
 
-    Without ``alpha`` the best of a few ridge strengths on held-out examples is taken.
+    Without ``alpha`` the best of a few ridge strengths on held-out examples is taken. The path
+    holds the students of full rank, before the second layer is refitted.
     """
     start = time.perf_counter()
     n, d = data.X.shape
@@ -173,18 +207,21 @@ def linear_candidates(
     strengths = [alpha] if alpha is not None else [s * (variance or 1.0) for s in RIDGE_STRENGTHS]
     full = max(min(d, data.Y.shape[1]), 1)
     fits = []
+    path = []
     for strength in strengths:
         solution = solver.solve(problem, strength)
         # A prefix of the leading units is the answer for each smaller size.
         units = _units(problem, solution, full)
         error = data.error(_student(data, G, units, solution.intercept))
         fits.append((error, solution, units))
+        path.append(PathPoint("linear", strength, len(units), error, solution.relative_gap))
     _, solution, units = min(fits, key=lambda fit: fit[0])
     seconds = time.perf_counter() - start
     sizes = [n_neurons] if n_neurons else [*(m for m in UNITS if m < full), full]
-    return list(
-        _sized(data, "linear", problem, solution, units, G, sizes, most_parameters, refit, seconds)
+    found = _sized(
+        data, "linear", problem, solution, units, G, sizes, most_parameters, refit, seconds
     )
+    return list(found), path
 
 
 def gated_candidates(
@@ -201,8 +238,8 @@ def gated_candidates(
     max_iter: int,
     time_limit: float | None,
     verbose: int,
-) -> list[Candidate]:
-    """Gated students: for each size the best along a path of alphas, warm-started.
+) -> tuple[list[Candidate], list[PathPoint]]:
+    """Gated students: for each size the best along a path of alphas, warm-started; and the path.
 
     The path ends early when two alphas in a row make no size better.
     """
@@ -220,6 +257,7 @@ def gated_candidates(
     solver = RFISTA(tol=tol, max_iter=max_iter, time_limit=time_limit, verbose=verbose)
     sizes = [n_neurons] if n_neurons else list(UNITS)
     best: dict[int, Candidate] = {}
+    path = []
     solution: Solution | None = None
     without_progress = 0
     for strength in [alpha] if alpha is not None else _gated_alphas(problem, data):
@@ -230,7 +268,7 @@ def gated_candidates(
         if basis is not None:
             units = Neurons(units.W1, units.W2 @ basis.T, units.gate)
             intercept = basis @ intercept
-        found = _sized(
+        sized = _sized(
             data,
             "gated",
             problem,
@@ -243,6 +281,8 @@ def gated_candidates(
             seconds,
             intercept=intercept + center,
         )
+        found = list(sized)
+        path.append(PathPoint.best_of("gated", solution.alpha, solution.relative_gap, found))
         progress = False
         for size, candidate in zip(sizes, found, strict=False):
             if size not in best or candidate.error < best[size].error:
@@ -252,7 +292,7 @@ def gated_candidates(
         without_progress = 0 if progress or not len(units) else without_progress + 1
         if without_progress == 2:
             break
-    return list(best.values())
+    return list(best.values()), path
 
 
 def _gated_alphas(problem: GatedReLUProblem, data: FitData) -> Sequence[float] | np.ndarray:

@@ -89,6 +89,11 @@ _DATA = click.option(
 )
 _LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Use at most so many inputs.")
 _QUIET = click.option("--quiet", is_flag=True, help="No progress, only the result.")
+_HTML = click.option(
+    "--html",
+    metavar="FILE",
+    help="Also write a page with tables, pictures and latencies to this file.",
+)
 _WEIGHTS = click.option(
     "--weights", metavar="FILE", help="A state_dict: .safetensors, or a file of torch.save."
 )
@@ -193,6 +198,7 @@ def inspect_command(
     help="Where to save the student.",
 )
 @click.option("--report", metavar="FILE", help="Also write the report, as CSV, to this file.")
+@_HTML
 @_QUIET
 def distill(
     model: str,
@@ -206,6 +212,7 @@ def distill(
     limit: int | None,
     output: str,
     report: str | None,
+    html: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -216,9 +223,7 @@ def distill(
     takes the first one's place, and the others become identities.
     Labels in the data serve only to measure the accuracy before and after.
     """
-    check_parent(output, "--output")
-    if report is not None and check_parent(report, "--report").resolve() == Path(output).resolve():
-        raise ValueError(f"--output and --report both name {output}.")
+    _check_files({"--output": output, "--report": report, "--html": html})
     from cvxdistill.adapters.data_loading import load_images_or_array
     from cvxdistill.adapters.model_loading import load_model
     from cvxdistill.distillation import distill
@@ -235,6 +240,9 @@ def distill(
         with replacing(report) as temporary:
             result.report.to_frame().to_csv(temporary)
         click.echo(f"report: {report}")
+    if html is not None:
+        result.report.to_html(html, verbose=0 if quiet else 1)
+        click.echo(f"page: {html}")
     result.save(output)
     click.echo(f"student: {output}")
 
@@ -263,6 +271,7 @@ def distill(
     help="Where to save the compressed model.",
 )
 @click.option("--frontier", metavar="FILE", help="Also draw size against error, to this PNG.")
+@_HTML
 @_QUIET
 def compress(
     model: str,
@@ -276,6 +285,7 @@ def compress(
     blocks: str | None,
     output: str,
     frontier: str | None,
+    html: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -285,10 +295,7 @@ def compress(
     --max-bytes and --max-error. cvxdistill.load_compressed(factory(), FILE) reads the result.
     Labels in the data serve only to measure the accuracy before and after.
     """
-    check_parent(output, "--output")
-    places = [check_parent(frontier, "--frontier").resolve()] if frontier is not None else []
-    if Path(output).resolve() in places:
-        raise ValueError(f"--output and --frontier both name {output}.")
+    _check_files({"--output": output, "--frontier": frontier, "--html": html})
     from cvxdistill.adapters.data_loading import load_images_or_array
     from cvxdistill.adapters.model_loading import load_model
     from cvxdistill.compression import compress
@@ -310,8 +317,25 @@ def compress(
         with replacing(frontier) as temporary:
             ax.figure.savefig(temporary, format="png", dpi=110)
         click.echo(f"frontier: {frontier}")
+    if html is not None:
+        result.to_html(html, verbose=0 if quiet else 1)
+        click.echo(f"page: {html}")
     result.save(output)
     click.echo(f"model: {output}")
+
+
+def _check_files(files: dict[str, str | None]) -> None:
+    """Refuse files that cannot be written, or of which two are one, before any work."""
+    known: dict[Path, str] = {}
+    for option, file in files.items():
+        if file is not None:
+            first = known.setdefault(check_parent(file, option).resolve(), option)
+            if first != option:
+                raise ValueError(f"{first} and {option} both name {file}.")
+    if files["--html"] is not None:
+        from cvxdistill.html_pictures import check_matplotlib
+
+        check_matplotlib()
 
 
 def _say_accuracies(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cvxdistill.allocation import Allocation, largest_budget
+from cvxdistill.allocation import Allocation, Option, largest_budget
 from cvxdistill.compression_report import Choice, Compression
 from cvxdistill.distillation import timed
 from cvxdistill.model_size import ModelSize
@@ -20,8 +21,10 @@ from cvxdistill.site_students import SiteStudents
 if TYPE_CHECKING:
     from torch import nn
 
-# How often a build that misses ``max_error`` is repeated with more room.
+# How often a build is repeated that misses ``max_error``, or what was expected of it.
 MOST_BUILDS = 4
+# As many times the squared error expected.
+SURPRISE = 4.0
 
 
 def compress(
@@ -135,7 +138,12 @@ def compress(
         with timed(seconds, "curves"):
             options = work.options(measure)
         with timed(seconds, "allocation"):
-            layer_costs = [measure.layer(model, name) for name in found.layers]
+            # Layers that no student could replace cost nothing here: units are rounded for each.
+            covered = {k for option in options for k in range(option.start, option.stop)}
+            layer_costs = [
+                measure.layer(model, name) if k in covered else 0
+                for k, name in enumerate(found.layers)
+            ]
             fixed = total - sum(layer_costs)
             allocation = Allocation(layer_costs, options, largest_budget(layer_costs))
         smallest = fixed + allocation.smallest
@@ -147,10 +155,9 @@ def compress(
         costs, errors = allocation.curve()
         with timed(seconds, "students"):
             if budget is not None:
-                # Anew, with units as fine as the budget allows.
-                chosen = Allocation(layer_costs, options, budget - fixed).choose(budget - fixed)
-                compressed, choices = work.build(chosen, sequential)
-                error = math.sqrt(work.change.measure(compressed))
+                compressed, choices, error = _best_within(
+                    budget - fixed, work, layer_costs, options, sequential
+                )
             else:
                 assert max_error is not None
                 compressed, choices, error = _smallest_within(
@@ -164,6 +171,7 @@ def compress(
         module.training = flags[name]
     return Compression(
         model=compressed,
+        original=model,
         choices=tuple(choices),
         error=error,
         unit="bytes" if measure.bytes else "parameters",
@@ -171,6 +179,7 @@ def compress(
         after=measure.model(compressed),
         # Costs were rounded up.
         frontier=np.column_stack([np.minimum(costs + fixed, total), np.sqrt(errors)]),
+        curves=_curves(options),
         smallest=smallest,
         spans=tuple(spans[choice.block] for choice in choices),
         sites=tuple(site.name for site in found.sites),
@@ -180,6 +189,53 @@ def compress(
         criterion=criterion,
         seconds=seconds,
     )
+
+
+def _curves(options: Sequence[Option]) -> dict[str, np.ndarray]:
+    """Of each site the parameters of its students, and what each is expected to change."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for option in options:
+        site, size, error = option.student
+        points.setdefault(site.name, []).append((size.parameters, math.sqrt(error)))
+    return {name: np.array(found) for name, found in points.items()}
+
+
+def _best_within(
+    budget: int,
+    work: SiteStudents,
+    layer_costs: Sequence[int],
+    options: Sequence[Option],
+    sequential: bool,
+) -> tuple[nn.Module, list[Choice], float]:
+    """The best allocation within a budget; another where students err far more than expected.
+
+    Errors do not add up where the network makes up for each student alone, but not for all of
+    them. As much more is then expected of all students of these sites, and the allocation is made
+    anew; the best that was measured is kept.
+    """
+    options = list(options)
+    found: list[tuple[float, nn.Module, list[Choice]]] = []
+    seen: list[list[object]] = []
+    for _ in range(MOST_BUILDS):
+        # Anew, with units as fine as the budget allows.
+        chosen = Allocation(layer_costs, options, budget).choose(budget)
+        students = [option.student for option in chosen]
+        if students in seen:
+            break
+        seen.append(students)
+        compressed, choices = work.build(chosen, sequential)
+        error = work.change.measure(compressed)
+        found.append((error, compressed, choices))
+        expected = max(sum(o.error for o in chosen), work.change.smallest_telling)
+        if error <= SURPRISE * expected:
+            break
+        sites = {id(site) for site, _, _ in students}
+        options = [
+            replace(o, error=o.error * error / expected) if id(o.student[0]) in sites else o
+            for o in options
+        ]
+    error, compressed, choices = min(found, key=lambda built: built[0])
+    return compressed, choices, math.sqrt(error)
 
 
 def _smallest_within(

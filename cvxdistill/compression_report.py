@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cvxdistill.atomic_files import check_parent, replacing
+from cvxdistill.model_size import ModelSize
 from cvxdistill.output_change import CRITERIA
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     from torch import nn
 
@@ -63,6 +67,8 @@ class Compression:
     Attributes
     ----------
     model : nn.Module
+    original : nn.Module
+        The model that was given, for measurements. It lives as long as this does.
     choices : tuple of Choice
         In the order in which they were made.
     error : float
@@ -75,6 +81,9 @@ class Compression:
         Of the model, in this unit.
     frontier : ndarray of shape (points, 2)
         The size and the predicted error of the best allocation for every budget, by size.
+    curves : dict of ndarray of shape (sizes, 2)
+        For each block and span that a student fits: the parameters of students, and what each is
+        expected to change alone, sqrt(E).
     smallest : int
         The smallest possible size.
     spans : tuple of Span
@@ -86,9 +95,13 @@ class Compression:
         Two examples of the model's inputs, for exports.
     seconds : dict
         By phase.
+    quantized : str
+        Of a model whose students were quantised since: to what, and the model's bytes. ``after`` is
+        then of now, ``error`` and ``choices`` are of before.
     """
 
     model: nn.Module
+    original: nn.Module = field(repr=False)
     choices: tuple[Choice, ...]
     error: float
     criterion: str
@@ -96,6 +109,7 @@ class Compression:
     before: int
     after: int
     frontier: np.ndarray = field(repr=False)
+    curves: dict[str, np.ndarray] = field(repr=False)
     smallest: int
     spans: tuple[Span, ...] = field(repr=False)
     sites: tuple[str, ...] = field(repr=False)
@@ -103,6 +117,7 @@ class Compression:
     held_out: int
     example: Batch = field(repr=False)
     seconds: dict[str, float] = field(repr=False)
+    quantized: str = ""
 
     def save(self, path: str | Path) -> None:
         """Write the compressed model to a safetensors file; ``load_compressed`` reads it.
@@ -118,7 +133,34 @@ class Compression:
 
         save_compressed(self.model, self.spans, path)
 
-    def export_onnx(self, path: str | Path, *, tolerance: float = 1e-4) -> float:
+    def quantize(self, dtype: str) -> Compression:
+        """Return this result with its students in lower precision; see ``Distillation.quantize``.
+
+        Parameters
+        ----------
+        dtype : {"float16", "int8"}
+
+        Returns
+        -------
+        Compression
+            With a copy of the model. What was measured before is kept, and ``print`` says so.
+
+        Raises
+        ------
+        ValueError
+            As there.
+        """
+        from cvxdistill.adapters import get_block, quantize_student
+
+        blocks: list[Any] = [get_block(self.model, span.first) for span in self.spans]
+        students = [getattr(block, "student", block) for block in blocks]
+        model = deepcopy(self.model, {id(s): quantize_student(s, dtype) for s in students})
+        size = ModelSize(bytes=True)
+        quantized = f"{dtype}: {size.model(self.model):,} -> {size.model(model):,} bytes"
+        after = ModelSize(self.unit == "bytes").model(model)
+        return replace(self, model=model, after=after, quantized=quantized)
+
+    def export_onnx(self, path: str | Path, *, tolerance: float | None = None) -> float:
         """Write the compressed model as ONNX and check the file; see ``Distillation.export_onnx``.
 
         Returns
@@ -135,6 +177,25 @@ class Compression:
 
         with replacing(check_parent(path, "path")) as temporary:
             return export_onnx(self.model, self.example, temporary, tolerance=tolerance)
+
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        onnx: bool = True,
+        batch_sizes: Sequence[int] = (1, 64),
+        verbose: int = 1,
+    ) -> None:
+        """Write all of this as one HTML page with pictures; see ``Report.to_html``.
+
+        Raises
+        ------
+        ImportError, ValueError, TypeError, OSError
+            As there.
+        """
+        from cvxdistill.html_compression import write_compression
+
+        write_compression(self, path, onnx=onnx, batch_sizes=batch_sizes, verbose=verbose)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the choices as a pandas frame, one a row."""
@@ -166,8 +227,9 @@ class Compression:
                 ) from error
             ax = plt.subplots(figsize=(6, 4), layout="constrained")[1]
         sizes, errors = self.frontier.T
+        label = "this model, measured" + (" before it was quantised" if self.quantized else "")
         ax.step(sizes, errors, where="post", label="predicted, best allocation")
-        ax.plot([self.after], [self.error], "o", color="C1", label="this model, measured")
+        ax.plot([self.after], [self.error], "o", color="C1", label=label)
         ax.axvline(self.before, color="black", linewidth=0.8, linestyle=":", label="original")
         ax.set(xscale="log", xlabel=self.unit, ylabel=CRITERIA[self.criterion])
         ax.legend(fontsize=8)
@@ -176,7 +238,8 @@ class Compression:
     def __repr__(self) -> str:
         return (
             f"Compression({self.before:,} -> {self.after:,} {self.unit}, "
-            f"{len(self.choices)} students, error={self.error:.3f})"
+            f"{len(self.choices)} students, error={self.error:.3f}"
+            + (f", students quantised since to {self.quantized})" if self.quantized else ")")
         )
 
     def __str__(self) -> str:
@@ -204,6 +267,8 @@ class Compression:
             ).rstrip()
             for row in table
         ]
+        since = f"Students quantised since, to {self.quantized}; errors and rows are of before."
+        quantized = [since] if self.quantized else []
         lines = [
             f"Model: {self.before:,} -> {self.after:,} {self.unit} "
             f"({self.before / self.after:.1f} times smaller; the smallest possible is "
@@ -211,6 +276,7 @@ class Compression:
             f"{CRITERIA[self.criterion].capitalize()}, on {self.held_out:,} of {self.examples:,} "
             f"held out: {self.error:.3f}",
             f"{len(self.sites)} blocks and spans tried. Time: {phases}",
+            *quantized,
             "",
             *rows,
             "",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,8 @@ class Distillation:
         The model with the student in the block's place.
     student : GatedStudent
     report : Report
-        Printable; ``report.to_frame()`` is the table of candidates.
+        Printable; ``report.to_frame()`` is the table of candidates, ``report.to_html(path)`` a page
+        with all of it, with pictures and latencies.
     candidates : tuple of Candidate
         Every student that was considered, the linear ones first, by size, the polished ones last.
     span : Span
@@ -70,15 +72,49 @@ class Distillation:
 
         save_student(self.student, path)
 
-    def export_onnx(self, path: str | Path, *, tolerance: float = 1e-4) -> float:
+    def quantize(self, dtype: str) -> Distillation:
+        """Return this result with its student in lower precision; the rest of the model stays.
+
+        Parameters
+        ----------
+        dtype : {"float16", "int8"}
+            "float16": the student computes in half and casts its input and output; for GPUs, as
+            convolutions in half are very slow on CPUs. "int8": weights of 8 bits, but those of the
+            gates, with a scale for each output channel; inputs are rounded for each example.
+
+        Returns
+        -------
+        Distillation
+            With copies of the model and the student. ``report`` keeps what was measured before, and
+            says so.
+
+        Raises
+        ------
+        ValueError
+            If ``dtype`` is unknown, weights are too large for half, or the student is in int8
+            already.
+        """
+        from cvxdistill.adapters import quantize_student
+
+        student = quantize_student(self.student, dtype)
+        # Wherever the copy would hold the old student, it holds the new one.
+        model = deepcopy(self.model, {id(self.student): student})
+        before, after = self.student.bytes_stored, student.bytes_stored
+        quantized = f"{dtype}: {before:,} -> {after:,} bytes"
+        report = replace(self.report, model=model, quantized=quantized)
+        return replace(self, model=model, student=student, report=report)
+
+    def export_onnx(self, path: str | Path, *, tolerance: float | None = None) -> float:
         """Write the model with its student as ONNX, for any number of examples, and check the file.
 
         Parameters
         ----------
         path : str or Path
-        tolerance : float, default=1e-4
+        tolerance : float, optional
             What onnxruntime's outputs may differ from torch's, relative to the largest of them if
-            that is above 1; for 1, 3 and 64 examples.
+            that is above 1; for 1, 3 and 64 examples. 1e-4 by default, 5e-3 with float16. With
+            int8 half of the examples must be so close, the others within 0.05: a number between
+            two integers may be rounded to either.
 
         Returns
         -------
@@ -276,11 +312,12 @@ def distill(
         replaced = span_modules(model, span)
         target = replaced[0] if len(replaced) == 1 else replaced
         block_parameters = sum(p.numel() for p in replaced.parameters())
+        model_parameters = sum(p.numel() for p in model.parameters())
         layout = captured.layout(kernel_size=kernel_size, stride=stride, padding=padding)
         fit = _fit_data(captured, layout, max_rows, validation_fraction, memory_limit, rng)
         limit = most_parameters(layout, n_neurons, block_parameters)
         with timed(seconds, "linear"):
-            candidates = linear_candidates(
+            candidates, path = linear_candidates(
                 fit,
                 alpha=alpha,
                 n_neurons=n_neurons,
@@ -292,7 +329,7 @@ def distill(
         if student != "linear":
             with timed(seconds, "gated"):
                 G, gate_source = choose_gates(gates, n_gates, target, captured.inputs, layout, rng)
-                candidates += gated_candidates(
+                gated, points = gated_candidates(
                     fit,
                     G,
                     alpha=alpha,
@@ -306,6 +343,8 @@ def distill(
                     time_limit=time_limit,
                     verbose=verbose,
                 )
+            candidates += gated
+            path += points
         polished: tuple[PolishedCandidate, ...] = ()
         if polish is None:
             chosen = choose(candidates, student, block_parameters)
@@ -315,10 +354,13 @@ def distill(
                     fit, candidates, student, block_parameters, max_neurons, verbose
                 )
             candidates += [result.after for result in polished if result.changed]
+        swapped = swap_block(model, span, chosen.student, inplace=inplace)
+        assert captured.example is not None
         report = Report(
             block=block,
+            replaced=span.names,
             block_parameters=block_parameters,
-            model_parameters=sum(p.numel() for p in model.parameters()),
+            model_parameters=model_parameters,
             layout=layout,
             gate_source=gate_source,
             examples=captured.n_examples,
@@ -327,13 +369,15 @@ def distill(
             available_rows=(len(captured) - len(fit.held_out)) * layout.n_positions,
             seconds=seconds,
             candidates=tuple(candidates),
+            path=tuple(path),
             chosen=chosen,
+            original=None if inplace else model,
+            model=swapped,
+            example=captured.example,
             polished=polished,
         )
-    swapped = swap_block(model, span, chosen.student, inplace=inplace)
     placed: Any = get_block(swapped, span.first)
     placed = placed.student if isinstance(placed, StructuredBlock) else placed
-    assert captured.example is not None
     return Distillation(swapped, placed, report, tuple(candidates), span, captured.example)
 
 

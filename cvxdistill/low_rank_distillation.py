@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cvxdistill.candidates import UNITS, Candidate
+from cvxdistill.candidates import UNITS, Candidate, PathPoint
 from cvxdistill.solvers import (
     GatedStatistics,
     HiddenStatistics,
@@ -53,8 +54,8 @@ def candidates(
     max_iter: int,
     time_limit: float | None,
     verbose: int,
-) -> list[Candidate]:
-    """Students of a path of alphas: for each size the best, and each solution whole.
+) -> tuple[list[Candidate], list[PathPoint]]:
+    """Students of a path of alphas, for each size the best and each solution whole; and the path.
 
     The path ends where solutions have more units than there may be, or nothing gets better.
     """
@@ -76,14 +77,17 @@ def candidates(
         )
     sizes = [n_neurons] if n_neurons else [m for m in UNITS if m <= most]
     best: dict[int, Candidate] = {}
+    path = []
     solution: LowRankSolution | None = None
     without_progress = 0
     for strength in alphas:
         solution = solver.solve(problem, float(strength), warm_start=solution)
         progress = False
-        for found in _of_solution(block, kind, statistics, solution, sizes, refit, start):
-            if found.parameters > most_parameters:
-                break
+        sized = _of_solution(block, kind, statistics, solution, sizes, refit, start)
+        # By size: the first that is too large is the last.
+        few = list(takewhile(lambda found: found.parameters <= most_parameters, sized))
+        path.append(PathPoint.best_of(kind, solution.alpha, solution.relative_gap, few))
+        for found in few:
             known = best.get(found.n_neurons)
             if known is None or found.error < known.error:
                 progress = True
@@ -91,7 +95,7 @@ def candidates(
         without_progress = 0 if progress else without_progress + 1
         if without_progress == 2:
             break
-    return [best[m] for m in sorted(best)]
+    return [best[m] for m in sorted(best)], path
 
 
 def _of_solution(
@@ -164,6 +168,7 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
         replaced = span_modules(model, span)
         target = replaced[0] if len(replaced) == 1 else replaced
         block_parameters = sum(p.numel() for p in replaced.parameters())
+        model_parameters = sum(p.numel() for p in model.parameters())
         count = round(len(examples) * options["validation_fraction"])
         count = max(1, min(count, MOST_HELD_OUT, len(examples) - 1))
         share = count / len(examples)
@@ -191,17 +196,22 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
             verbose,
         )
     found: list[Candidate] = []
+    path: list[PathPoint] = []
     names = ("alpha", "n_neurons", "refit", "tol", "max_iter", "time_limit", "verbose")
     settings = {name: options[name] for name in names}
     for kind in ("linear",) if student == "linear" else ("linear", "gated"):
         with timed(seconds, kind):
-            found += candidates(streamed, kind, most_parameters=limit, **settings)
+            students, points = candidates(streamed, kind, most_parameters=limit, **settings)
+        found += students
+        path += points
     chosen = choose(found, student, block_parameters)
     positions = 1 if following is not None and following.pooled else layout.n_positions
+    swapped = swap_block(model, span, chosen.student, inplace=options["inplace"])
     report = Report(
         block=block,
+        replaced=span.names,
         block_parameters=block_parameters,
-        model_parameters=sum(p.numel() for p in model.parameters()),
+        model_parameters=model_parameters,
         layout=layout,
         gate_source=source,
         examples=len(examples),
@@ -210,10 +220,13 @@ def distill_low_rank(model: nn.Module, block: str, data: Any, options: dict[str,
         available_rows=max(streamed.statistics.n, (len(examples) - count) * positions),
         seconds=seconds,
         candidates=tuple(found),
+        path=tuple(path),
         chosen=chosen,
+        original=None if options["inplace"] else model,
+        model=swapped,
+        example=examples.small_batch,
         match=match,
     )
-    swapped = swap_block(model, span, chosen.student, inplace=options["inplace"])
     placed: Any = get_block(swapped, span.first)
     placed = placed.student if isinstance(placed, StructuredBlock) else placed
     return Distillation(swapped, placed, report, tuple(found), span, examples.small_batch)

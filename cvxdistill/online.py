@@ -89,9 +89,11 @@ class OnlineStudent:
         inplace: bool = False,
     ) -> None:
         from cvxdistill.adapters import GatedStudent
+        from cvxdistill.adapters.quantization import refuse_int8
 
         if not isinstance(student, GatedStudent):
             raise TypeError(f"student must be a GatedStudent, got {type(student).__name__}.")
+        refuse_int8(student)
         W2, intercept = _second_layer(student)
         if not (np.isfinite(W2).all() and np.isfinite(intercept).all()):
             raise ValueError("student: its second layer contains NaN or infinity.")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cvxdistill.candidates import Candidate
+from cvxdistill.candidates import Candidate, PathPoint
 from cvxdistill.selection import PolishedCandidate
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
     from cvxdistill.adapters import ConvLayout, DenseLayout
+    from cvxdistill.adapters.batches import Batch
 
 COLUMNS = (
     "kind",
@@ -28,11 +32,13 @@ COLUMNS = (
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The record of one distillation; ``print`` it, or take ``to_frame()``.
+    """The record of one distillation; ``print`` it, or take ``to_frame()`` or ``to_html(path)``.
 
     Attributes
     ----------
     block : str
+    replaced : tuple of str
+        Names of the blocks in whose place the student is.
     block_parameters, model_parameters : int
         Parameters of the block and of the whole model before.
     layout : DenseLayout or ConvLayout
@@ -45,14 +51,24 @@ class Report:
     seconds : dict
         By phase.
     candidates : tuple of Candidate
+    path : tuple of PathPoint
+        Every alpha that was tried, of the linear students and of the gated ones.
     chosen : Candidate
+    original, model : nn.Module
+        The model that was given and the one with the student, for measurements; ``original`` is
+        None if they are the same (``inplace``). They live as long as the report does.
+    example : Tensor or dict
+        Two examples of their inputs.
     polished : tuple of PolishedCandidate
         Those that were polished, before and after; ``polished[0].polishing`` prints a path.
     match : str
         What students were fitted to: the block's outputs, or what follows it.
+    quantized : str
+        Of a student that was quantised since: to what, and its bytes. All else is of before.
     """
 
     block: str
+    replaced: tuple[str, ...]
     block_parameters: int
     model_parameters: int
     layout: ConvLayout | DenseLayout
@@ -63,9 +79,14 @@ class Report:
     available_rows: int
     seconds: dict[str, float]
     candidates: tuple[Candidate, ...]
+    path: tuple[PathPoint, ...]
     chosen: Candidate
+    original: nn.Module | None
+    model: nn.Module
+    example: Batch = field(compare=False)
     polished: tuple[PolishedCandidate, ...] = ()
     match: str = "outputs"
+    quantized: str = ""
 
     @property
     def parameters(self) -> int:
@@ -103,10 +124,47 @@ class Report:
         frame["chosen"] = [c is self.chosen for c in self.candidates]
         return frame
 
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        onnx: bool = True,
+        batch_sizes: Sequence[int] = (1, 64),
+        verbose: int = 1,
+    ) -> None:
+        """Write the report as one HTML page, with pictures, that refers to nothing outside.
+
+        Sizes and latencies of the model before and after are measured now, the two in turn.
+
+        Parameters
+        ----------
+        path : str or Path
+        onnx : bool, default=True
+            Also export both models to ONNX, for the sizes of the files and onnxruntime's latencies.
+            Where that cannot be, the page says why.
+        batch_sizes : sequence of int, default=(1, 64)
+            Examples in a forward pass.
+        verbose : int, default=1
+            0 shows no progress.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        ValueError, TypeError
+            If ``batch_sizes`` does not hold positive integers.
+        OSError
+            If the file cannot be written. An existing file is replaced only when all is well.
+        """
+        from cvxdistill.html_distillation import write_distillation
+
+        write_distillation(self, path, onnx=onnx, batch_sizes=batch_sizes, verbose=verbose)
+
     def __repr__(self) -> str:
         return (
             f"Report(block={self.block!r}, {self.block_parameters:,} -> {self.parameters:,} "
-            f"parameters, error={self.error:.3f})"
+            f"parameters, error={self.error:.3f}"
+            + (f", quantised since to {self.quantized})" if self.quantized else ")")
         )
 
     def __str__(self) -> str:
@@ -124,6 +182,8 @@ class Report:
         ]
         if self.polished:
             notes.append("Of a polished student: alpha and gap of the group elastic net.")
+        since = f"Quantised since, to {self.quantized}; all else is of before."
+        quantized = [since] if self.quantized else []
         lines = [
             f"Block {self.block}: {self.block_parameters:,} parameters -> {self.parameters:,} "
             f"({self.block_parameters / self.parameters:.1f} times smaller)",
@@ -131,6 +191,7 @@ class Report:
             f"Fitted on {self.rows:,} rows{sampled}; {self.held_out:,} of {self.examples:,} "
             f"examples held out; gates: {self.gate_source}",
             f"Time: {phases}",
+            *quantized,
             *(f"Polished, {p.before.kind}: {p.polishing.summary}" for p in self.polished),
             "",
             *_table(self.candidates, self.chosen),

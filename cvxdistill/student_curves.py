@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Strengths of the ridge, relative to the mean variance of a feature.
 STRENGTHS = (1e-5, 1e-3, 1e-2, 1e-1)
 # Ranks that are tried, as shares of the channels and of the outputs.
-INPUT_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
+INPUT_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)
 # At most so many students of a block, spread evenly over the logarithm of their size.
 MOST_SIZES = 16
 

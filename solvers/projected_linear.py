@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh, solve_triangular
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 
 from cvxdistill.solvers.gated_statistics import GatedStatistics
 
@@ -182,11 +182,12 @@ class ProjectedRidge:
             C, T = self.channels, self.places
             covariance = np.einsum("ctet->ce", self.moments.xx.reshape(C, T, C, T)) / T
             floor = max(FLOOR * np.trace(covariance) / C, self.noise) or 1.0
-            covariance[np.diag_indices(C)] += floor
-            root = np.linalg.cholesky(covariance)
-            unfolded = root.T @ self.W.reshape(C, -1)
+            # Rounding may have left directions without any variance a negative one.
+            values, vectors = eigh(covariance)
+            root = np.sqrt(np.maximum(values, 0) + floor)
+            unfolded = root[:, None] * (vectors.T @ self.W.reshape(C, -1))
             _, directions = eigh(unfolded @ unfolded.T)
-            self._directions = solve_triangular(root.T, directions[:, ::-1], lower=False)
+            self._directions = vectors @ (directions[:, ::-1] / root[:, None])
         # Any basis of the same columns is the same student; the ridge means an orthonormal one.
         return np.linalg.qr(self._directions[:, :rank])[0]
 

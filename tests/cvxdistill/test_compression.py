@@ -626,3 +626,31 @@ def test_inputs_far_from_zero_keep_their_digits(mean):
     result = compress(model, data, max_parameters=600, blocks=["0"])
     assert [choice.student for choice in result.choices] == ["rank 3"]
     assert result.error < max(2e-4, 4e-7 * mean)
+
+
+class Repeated(nn.Module):
+    """The same map twelve times: it can spare any, but not all; and what is not quite linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        first = nn.Linear(20, 10, bias=False)
+        self.maps = nn.ModuleList(copy.deepcopy(first) for _ in range(12))
+
+    def forward(self, x):
+        total = torch.stack([own(x) for own in self.maps]).mean(dim=0)
+        return total + 0.3 * torch.sin(3 * total)
+
+
+def test_students_that_err_more_together_than_alone_are_thought_over():
+    model = nn.Sequential(OrderedDict(all=Repeated())).eval()
+    data = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
+    maps = [f"all.maps.{k}" for k in range(12)]
+    options = {"max_parameters": 12 * 40, "criterion": "agreement"}
+    apart = compress(model, data, blocks=maps, **options)
+    whole = compress(model, data, blocks=["all"], **options)
+    expected = sum(choice.output_change**2 for choice in apart.choices) ** 0.5
+    assert expected < whole.error < apart.error / 2
+    best = compress(model, data, blocks=["all", *maps], **options)
+    assert [choice.block for choice in best.choices] == ["all"]
+    assert best.error == whole.error

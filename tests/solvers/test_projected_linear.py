@@ -160,3 +160,17 @@ def test_statistics_must_be_of_one_gate_and_hold_examples():
         ProjectedRidge(GatedStatistics(2, 4, 1), 2, 1e-3)
     with pytest.raises(ValueError, match="no examples"):
         ProjectedRidge(GatedStatistics(1, 4, 1), 2, 1e-3)
+
+
+def test_channels_without_variance_that_rounding_made_negative_do_no_harm():
+    """One direction of 1,024 channels, in float32: of the rest rounding is all that is left."""
+    rng = np.random.default_rng(0)
+    X = np.exp(rng.standard_normal((400, 1))) @ rng.uniform(0.5, 1.5, (1, 1024))
+    X = X.astype(np.float32)
+    Y = X @ rng.standard_normal((1024, 3), dtype=np.float32)
+    sums = sums_of(X, Y)
+    ridge = ProjectedRidge(sums, 1024, 1e-3)
+    assert np.linalg.eigvalsh(ridge.moments.xx)[0] < 0
+    fit = ridge.fit(1, None)
+    assert fit.P.shape == (1024, 1)
+    assert fit.error(sums) < 1e-4
