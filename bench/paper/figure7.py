@@ -1,0 +1,223 @@
+"""The paper's figure 7: polishing the students of ``layer4`` that 100 images a class give.
+
+    python bench/paper/figure7.py            ten seeds
+    python bench/paper/figure7.py --quick    two seeds of 20 images a class, into bench/.cache
+
+The network is the ResNet-18 on CIFAR-10, the images are those of ``figure6.py``, and so is the
+dense gated student: ``one_vs_all.py``, by R-FISTA along a path of strengths. Each point of the path
+is then polished (``cvxdistill.polish``): its first layer stays, its second is computed anew for all
+outputs by a group elastic net, and units drop out. Compared, point by point:
+
+    one-vs-all           as R-FISTA leaves it
+    polished             the fewest units whose held-out activation error is no larger
+    polished, best       the least held-out error among networks of no more units
+    Adam, as polished    a ReLU student of as many units as "polished" has, and as many seconds
+    Adam, as one-vs-all  of as many units as before, and the seconds of "polished"
+
+Seconds are CPU seconds of one thread, from the activations on, with all stronger points of the path
+and with the polishing of this one. A tenth of the images is held out; it judges the polishing and
+Adam's learning rate and loss, which are chosen for each point on the images of seed 0 and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import cpu_clock
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from cpu_clock import CpuClock
+from few_per_class import (
+    BLOCK,
+    Drawing,
+    append_rows,
+    as_settings,
+    read_rows,
+    relu_by_adam,
+    tuned,
+)
+from figure4 import LEAST_SECONDS, Made, Measures, Opponents, Task
+from figure6 import ONE_VS_ALL, Row, bands, measured, verdicts
+from machine import describe_machine
+from one_vs_all import STRENGTHS, Point, layout_of, path
+
+import cvxdistill
+from cvxdistill.adapters import GatedStudent, build_student
+
+SEEDS, A_CLASS = 10, 100
+QUICK_SEEDS, QUICK_A_CLASS, QUICK_STRENGTHS, QUICK_TEST_IMAGES = 2, 20, (0.1, 0.03), 1_000
+POLISHED, POLISHED_BEST = "polished", "polished, best"
+ADAM, ADAM_LARGER = "Adam, as polished", "Adam, as one-vs-all"
+STYLES = {
+    ONE_VS_ALL: "C2^-",
+    POLISHED: "C0o-",
+    POLISHED_BEST: "C1s-",
+    ADAM: "C3v--",
+    ADAM_LARGER: "C6x:",
+}
+
+
+def polished(point: Point, opponents: Opponents, *, best: bool) -> tuple[GatedStudent, int, float]:
+    """A point's student polished, its units, and the CPU seconds of that."""
+    clock = CpuClock()
+    with clock:
+        layout = layout_of(opponents.fitted)
+        (X, Y), held_out = (
+            (layout.rows(data.inputs.numpy())[:], layout.targets(data.outputs.numpy()))
+            for data in (opponents.fitted, opponents.held_out)
+        )
+        result = cvxdistill.polish(
+            point.neurons(),
+            X,
+            Y,
+            gates=point.G,
+            intercept=point.intercept,
+            max_neurons=point.units if best else None,
+            validation_data=held_out,
+        )
+        left = result.network
+        student = build_student(layout, left.W1, left.W2, left.gate, point.G, result.intercept)
+    return student.eval(), len(left), clock.seconds
+
+
+def relu_numbers(units: int, opponents: Opponents) -> int:
+    """That a ReLU student of so many units stores."""
+    data = opponents.fitted
+    d, c = data.inputs[0].numel(), data.outputs.shape[1]
+    return units * (d + 1 + c) + c
+
+
+def along_path(
+    task: Task, seed: int, strengths: tuple[float, ...], ways: dict[tuple[float, str], Row]
+) -> Iterator[Row]:
+    """One seed; ``ways`` are Adam's settings for each strength and size, where they are known."""
+    measures = Measures(task, BLOCK.name)
+    opponents = Opponents(task, BLOCK, measures)
+
+    def row(point: Point, name: str, units: int, made: Made, **kept: Any) -> Row:
+        """Measured."""
+        own = {"seed": seed, "strength": point.strength, "student": name, "units": units}
+        return {**own, **measured(measures, made), **kept}
+
+    for point in path(opponents.fitted, opponents.module, seed, strengths):
+        model = cvxdistill.swap_block(task.model, BLOCK.name, point.student())
+        made = Made(model, point.numbers, point.seconds, f"{point.gates} gates", point.gap)
+        yield row(point, ONE_VS_ALL, point.units, made)
+        after: dict[str, tuple[int, float]] = {}
+        for name, best in {POLISHED: False, POLISHED_BEST: True}.items():
+            student, units, seconds = polished(point, opponents, best=best)
+            seconds += point.seconds
+            after[name] = units, seconds
+            model = cvxdistill.swap_block(task.model, BLOCK.name, student)
+            made = Made(model, student.parameters_stored, seconds, f"{student.n_gates} gates")
+            yield row(point, name, units, made)
+        seconds = max(after[POLISHED][1], LEAST_SECONDS)
+        for name, units in {ADAM: after[POLISHED][0], ADAM_LARGER: point.units}.items():
+            budget = relu_numbers(units, opponents)
+            kept = ways.get((point.strength, name))
+            if kept is None:
+                way = tuned(opponents, budget, seconds)
+                kept = {"learning_rate": way.learning_rate, "weighted": way.weighted}
+            made = relu_by_adam(opponents, budget, as_settings(kept), seconds, seed)
+            yield row(point, name, units, made, **kept)
+
+
+def draw(table: pd.DataFrame, file: Any) -> None:
+    """Accuracy by units, and by numbers stored: means over the seeds and two deviations."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    top = 100 * table["teacher_accuracy"].iloc[0]
+    for axis, column in zip(axes, ("units", "parameters"), strict=True):
+        for name, style in STYLES.items():
+            points = table[table["student"] == name].groupby("strength")
+            accuracy = 100 * points["accuracy"].agg(["mean", "std"])
+            axis.errorbar(
+                points[column].mean(),
+                accuracy["mean"],
+                2 * accuracy["std"].fillna(0),
+                fmt=style,
+                ms=4,
+                capsize=3,
+                lw=1,
+                label=name,
+            )
+        axis.axhline(top, color="black", lw=0.8, ls=":", label="teacher")
+        axis.set(xscale="log")
+    axes[0].set(xlabel="hidden units", ylabel="test accuracy [%]")
+    axes[1].set(xlabel="numbers stored, gates included")
+    axes[0].legend(fontsize=8)
+    seeds = table["seed"].nunique()
+    figure.suptitle(f"Polishing students of layer4: means and 2 standard deviations, {seeds} seeds")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over the seeds, accuracies with two standard deviations."""
+    by = ["strength", "student"]
+    groups = table.groupby(by, sort=False)
+    summary = groups[["units", "parameters", "seconds", "activation_error"]].mean()
+    summary[["units", "parameters"]] = summary[["units", "parameters"]].round().astype(int)
+    accuracy = bands(table, ["strength"]).stack().rename("accuracy")
+    return summary.assign(seeds=groups["seed"].nunique()).join(accuracy).reset_index()
+
+
+@click.command()
+@click.option("--seeds", default=SEEDS, show_default=True, type=click.IntRange(1))
+@click.option("--quick", is_flag=True, help="Two seeds of fewer images and strengths.")
+def main(seeds: int, quick: bool) -> None:
+    """Fit, measure, print the table and write it with its picture.
+
+    An interrupted run goes on where it stopped. Fewer seeds are written to bench/.cache.
+    """
+    cpu_clock.one_thread()
+    print(describe_machine("numpy", "torch", "numba", "cvxdistill"), flush=True)
+    a_class, strengths = (QUICK_A_CLASS, QUICK_STRENGTHS) if quick else (A_CLASS, STRENGTHS)
+    seeds = min(seeds, QUICK_SEEDS) if quick else seeds
+    everything = seeds >= SEEDS and not quick
+    output = (cpu_clock.RESULTS if everything else cpu_clock.CACHE) / "figure7"
+    for folder in (output.parent, cpu_clock.CACHE):
+        folder.mkdir(parents=True, exist_ok=True)
+    unfinished = cpu_clock.CACHE / f"figure7{'_quick' if quick else ''}.jsonl"
+    rows = read_rows(unfinished)
+    drawing: Drawing | None = None
+    for seed in range(seeds):
+        if seed in {row["seed"] for row in rows}:
+            continue
+        drawing = drawing or Drawing(QUICK_TEST_IMAGES if quick else None)
+        ways = {
+            (row["strength"], row["student"]): {n: row[n] for n in ("learning_rate", "weighted")}
+            for row in rows
+            if row["seed"] == 0 and row["student"] in (ADAM, ADAM_LARGER)
+        }
+        new = list(along_path(drawing.task(a_class, seed), seed, strengths, ways))
+        append_rows(unfinished, new)
+        rows += new
+        for row in new:
+            print(
+                f"seed {seed}, {row['strength']:g}, {row['student']}: {row['units']} units, "
+                f"{row['parameters']:,} numbers, {100 * row['accuracy']:.2f} %, activation error "
+                f"{row['activation_error']:.4f}, {row['seconds']:.1f} s",
+                flush=True,
+            )
+    table = pd.DataFrame([row for row in rows if row["seed"] < seeds])
+    table.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
+    draw(table, output.with_suffix(".png"))
+    if everything or quick:
+        unfinished.unlink()
+    print(f"\nTeacher: {100 * table['teacher_accuracy'].iloc[0]:.2f} %. Means over the seeds:")
+    summary = summarise(table)
+    summary.to_csv(f"{output}_summary.csv", index=False, float_format="%.3g")
+    print(summary.to_string(index=False, float_format="%.3g"))
+    for ours, theirs in ((POLISHED, ONE_VS_ALL), (POLISHED, ADAM), (POLISHED_BEST, ADAM_LARGER)):
+        lines = verdicts(table, ["strength"], ours, theirs)
+        print("\n" + lines.to_string(index=False, float_format="%.4g"))
+    print(f"wrote {output}.csv and .png")
+
+
+if __name__ == "__main__":
+    main()
