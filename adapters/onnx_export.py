@@ -23,7 +23,8 @@ from cvxdistill.adapters.quantization import Int8Layer
 # Numbers of examples that the file is tried with.
 CHECKED_BATCHES = (1, 3, 64)
 TOLERANCE = 1e-4
-# What a number that is rounded to int8 the other way may change, relative to the largest output.
+# What a number that is rounded to int8 the other way, or a gate that flips in float16, may change,
+# relative to the largest output.
 ROUNDED_OTHERWISE = 0.05
 # Constants of more numbers are not computed beforehand: weights stay in int8 in the file.
 FOLDED = 64
@@ -47,9 +48,9 @@ def export_onnx(
         largest of them if that is above 1. By default 1e-4, or 5 units in the last place of the
         model's coarsest dtype if that is more: 5e-3 for float16.
 
-        With layers in int8 half of the examples must be as close; the others may be off by 0.05:
-        where a number lies between two integers the last bit before it decides, in torch as well
-        from one batch size to the next.
+        With layers in int8 or float16 half of the examples must be as close; the others may be off
+        by 0.05: where a number lies between two integers, or a gate's sum at 0, the last bit before
+        it decides, in torch as well from one batch size to the next.
 
     Returns
     -------
@@ -69,8 +70,8 @@ def export_onnx(
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ImportError(f'export_onnx needs {", ".join(missing)}: pip install "cvxdistill[onnx]"')
+    floats = {t.dtype for t in model.state_dict().values() if t.is_floating_point()}
     if tolerance is None:
-        floats = [t.dtype for t in model.state_dict().values() if t.is_floating_point()]
         tolerance = max([TOLERANCE, *(5 * torch.finfo(dtype).eps for dtype in floats)])
     if isinstance(tolerance, bool) or not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
@@ -78,6 +79,7 @@ def export_onnx(
     two = _repeated(example, 2)
     path, worst = Path(path), 0.0
     rounds = any(isinstance(module, Int8Layer) for module in model.modules())
+    coarse = rounds or any(dtype.itemsize < 4 for dtype in floats)
     with evaluating(model):
         program = _exported(model, two, rounds)
         try:
@@ -87,7 +89,7 @@ def export_onnx(
                 found = _differences(model, _repeated(example, count), path)
                 worst = max(worst, float(found.max()))
                 typical = float(np.median(found))
-                if rounds and typical <= tolerance and worst <= max(ROUNDED_OTHERWISE, tolerance):
+                if coarse and typical <= tolerance and worst <= max(ROUNDED_OTHERWISE, tolerance):
                     continue
                 if not worst <= tolerance:
                     raise ValueError(

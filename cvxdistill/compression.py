@@ -226,8 +226,8 @@ def _best_within(
         compressed, choices = work.build(chosen, sequential)
         error = work.change.measure(compressed)
         found.append((error, compressed, choices))
-        expected = max(sum(o.error for o in chosen), work.change.smallest_telling)
-        if error <= SURPRISE * expected:
+        expected = max(sum(o.error for o in chosen), np.finfo(float).tiny)
+        if error <= max(SURPRISE * expected, work.change.smallest_telling):
             break
         sites = {id(site) for site, _, _ in students}
         options = [

@@ -19,9 +19,10 @@ paper's student with 1, 2, 4, ..., 512 filters. The students of ``figure4.py``:
     Adam                the ReLU student, for as many seconds as "linear" took, and for ten times
     pruning, SVD, ridge
 
-Part 6. The dense gated student of ``one_vs_all.py``, 25 gates, along its path of strengths. At each
-point Adam's ReLU student stores as many numbers and trains for as long as the path took up to
-there. A full linear map, a ridge's, is drawn beside them.
+Part 6. The dense gated student of ``one_vs_all.py``, 25 gates, along its path of strengths; once
+more with the outputs weighted by how the network uses them, a loss that Adam may choose, too. At
+each point of the first path Adam's ReLU student stores as many numbers and trains for as long as
+the path took up to there. A full linear map, a ridge's, is drawn beside them.
 
 Adam's learning rate and loss are chosen for each size, or each point, on the images of seed 0, and
 kept. It then trains on all images, those held out too.
@@ -47,6 +48,7 @@ from few_per_class import (
     BLOCK,
     CLASSES,
     Drawing,
+    all_images,
     append_rows,
     as_settings,
     read_rows,
@@ -69,7 +71,7 @@ from figure4 import (
     inside,
 )
 from machine import describe_machine
-from one_vs_all import STRENGTHS, path
+from one_vs_all import STRENGTHS, Point, path
 
 import cvxdistill
 from cvxdistill.adapters import table1_parameters
@@ -84,7 +86,7 @@ QUICK_TEST_IMAGES = 1_000
 WHOLE_MAP = 600_000
 LINEAR, SEVERAL, DISTILLED, GATED = "linear", "several", "distilled", "gated"
 ADAM, LONGER = "Adam", "Adam, 10 times"
-ONE_VS_ALL, RIDGE = "gated, one-vs-all", "ridge"
+ONE_VS_ALL, WEIGHTED, RIDGE = "gated, one-vs-all", "gated, weighted", "ridge"
 STYLES = {
     LINEAR: "C0o-",
     SEVERAL: "C1s-",
@@ -95,14 +97,15 @@ STYLES = {
     "SVD": "C5d--",
     RIDGE: "C7.:",
     ONE_VS_ALL: "C2^-",
+    WEIGHTED: "C0o-",
 }
 # Of a table's columns.
-ORDER = (BEST, LINEAR, SEVERAL, GATED, ADAM, LONGER, "pruning", "SVD", RIDGE, ONE_VS_ALL)
+ORDER = (BEST, LINEAR, SEVERAL, GATED, ONE_VS_ALL, WEIGHTED, ADAM, LONGER, "pruning", "SVD", RIDGE)
 Row = dict[str, Any]
 
 
-def distilled(task: Task) -> tuple[Callable[[str, int], Made], float]:
-    """For a kind and a budget the student of ``distill`` nearest on held-out images; seconds."""
+def distilled(task: Task) -> Callable[[str, int], Made]:
+    """For a kind and a budget the student of ``distill`` nearest on held-out images."""
     start = time.process_time()
     result = cvxdistill.distill(
         task.model,
@@ -125,7 +128,7 @@ def distilled(task: Task) -> tuple[Callable[[str, int], Made], float]:
         about = f"{best.n_neurons} units, {best.n_gates} gates"
         return Made(model, best.parameters, seconds, about, best.duality_gap)
 
-    return within, seconds
+    return within
 
 
 class Few:
@@ -138,7 +141,7 @@ class Few:
         self.opponents = Opponents(self.task, BLOCK, self.measures)
         self.whole = block_numbers(self.task.model, BLOCK.name)
         self.sites = inside(self.task, [BLOCK.name])
-        self.within, _ = distilled(self.task)
+        self.within = distilled(self.task)
 
     def budget(self, m: int) -> int:
         """Numbers of the paper's student with m filters."""
@@ -203,18 +206,27 @@ def along_path(
     first = {"seed": seed, "images_a_class": a_class}
     made = opponents.placed(opponents.ridges.student(WHOLE_MAP), 0.0, "")
     yield {**first, "student": RIDGE, "strength": float("nan"), **measured(measures, made)}
-    for point in path(opponents.fitted, opponents.module, seed, strengths):
-        model = cvxdistill.swap_block(task.model, BLOCK.name, point.student())
-        about = f"{point.units} units, {point.gates} gates"
-        made = Made(model, point.numbers, point.seconds, about, point.gap)
-        row = {**first, "student": ONE_VS_ALL, "strength": point.strength}
-        yield {**row, **measured(measures, made)}
-        kept = ways.get(point.strength)
-        if kept is None:
-            way = tuned(opponents, point.numbers, point.seconds)
-            kept = {"learning_rate": way.learning_rate, "weighted": way.weighted}
-        made = relu_by_adam(opponents, point.numbers, as_settings(kept), point.seconds, seed)
-        yield {**row, "student": ADAM, **measured(measures, made), **kept}
+    # Nothing is chosen along a path: it has all images, as Adam has.
+    task_of = (all_images(opponents), opponents.module, seed, strengths)
+    for name, root in {ONE_VS_ALL: None, WEIGHTED: opponents.root.numpy()}.items():
+        for point in path(*task_of, root=root):
+            row = {**first, "student": name, "strength": point.strength}
+            yield {**row, **measured(measures, placed(task, point))}
+            if name == WEIGHTED:
+                continue
+            kept = ways.get(point.strength)
+            if kept is None:
+                way = tuned(opponents, point.numbers, point.seconds)
+                kept = {"learning_rate": way.learning_rate, "weighted": way.weighted}
+            made = relu_by_adam(opponents, point.numbers, as_settings(kept), point.seconds, seed)
+            yield {**row, "student": ADAM, **measured(measures, made), **kept}
+
+
+def placed(task: Task, point: Point) -> Made:
+    """A point of the path in the network."""
+    model = cvxdistill.swap_block(task.model, BLOCK.name, point.student())
+    about = f"{point.units} units, {point.gates} gates"
+    return Made(model, point.numbers, point.seconds, about, point.gap)
 
 
 def chosen(rows: list[Row], **where: Any) -> Row | None:
@@ -291,13 +303,17 @@ def summarise_sweep(table: pd.DataFrame) -> pd.DataFrame:
     ridges = table[table["student"] == RIDGE]
     of_path = table[table["student"] != RIDGE]
     ours = of_path[of_path["student"] == ONE_VS_ALL].groupby(by)
+    theirs = of_path[of_path["student"] == WEIGHTED].groupby(by)
+    of_weighted = verdicts(of_path, by, WEIGHTED, ADAM).set_index(by)[BESIDE]
     summary = pd.concat(
         [
             ours["parameters"].mean().round().astype(int).rename("numbers"),
+            theirs["parameters"].mean().round().astype(int).rename("numbers, weighted"),
             ours["seconds"].mean().round(1),
-            ours["relative_gap"].max().rename("largest gap"),
+            of_path.groupby(by)["relative_gap"].max().rename("largest gap"),
             bands(of_path, by),
             verdicts(of_path, by, ONE_VS_ALL, ADAM).set_index(by)[["seeds", *BESIDE]],
+            of_weighted.add_suffix(", weighted"),
         ],
         axis=1,
     )
@@ -334,7 +350,7 @@ def draw_sweep(table: pd.DataFrame, file: Any) -> None:
     top = 100 * table["teacher_accuracy"].iloc[0]
     for axis, count in zip(np.atleast_1d(axes), counts, strict=True):
         here = table[table["images_a_class"] == count]
-        for name in (ONE_VS_ALL, ADAM):
+        for name in (ONE_VS_ALL, WEIGHTED, ADAM):
             by_point = here[here["student"] == name].groupby("strength", sort=True)
             accuracy = 100 * by_point["accuracy"].agg(["mean", "std"])
             seconds = by_point["seconds"].mean()

@@ -3,16 +3,18 @@
     python bench/paper/figure7.py            ten seeds
     python bench/paper/figure7.py --quick    two seeds of 20 images a class, into bench/.cache
 
-The network is the ResNet-18 on CIFAR-10, the images are those of ``figure6.py``, and so is the
-dense gated student: ``one_vs_all.py``, by R-FISTA along a path of strengths. Each point of the path
-is then polished (``cvxdistill.polish``): its first layer stays, its second is computed anew for all
-outputs by a group elastic net, and units drop out. Compared, point by point:
+The network is the ResNet-18 on CIFAR-10, the images are those of ``figure6.py``, and so are the
+dense gated students: ``one_vs_all.py``, by R-FISTA along a path of strengths, plainly and with the
+outputs weighted by how the network uses them. Each point of a path is then polished
+(``cvxdistill.polish``, in the same metric): its first layer stays, its second is computed anew for
+all outputs by a group elastic net, and units drop out. Compared, point by point:
 
-    one-vs-all           as R-FISTA leaves it
-    polished             the fewest units whose held-out activation error is no larger
-    polished, best       the least held-out error among networks of no more units
+    gated, one-vs-all    as R-FISTA leaves it
+    polished             the fewest units whose held-out error is no larger
+    gated, weighted      as R-FISTA leaves it, outputs weighted
+    polished, weighted   the least held-out error of no more units than these
     Adam, as polished    a ReLU student of as many units as "polished" has, and as many seconds
-    Adam, as one-vs-all  of as many units as before, and the seconds of "polished"
+    Adam, as weighted    the same for "polished, weighted"
 
 Seconds are CPU seconds of one thread, from the activations on, with all stronger points of the path
 and with the polishing of this one. A tenth of the images is held out; it judges the polishing and
@@ -30,6 +32,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from cpu_clock import CpuClock
 from few_per_class import (
@@ -41,47 +44,59 @@ from few_per_class import (
     relu_by_adam,
     tuned,
 )
-from figure4 import LEAST_SECONDS, Made, Measures, Opponents, Task
-from figure6 import ONE_VS_ALL, Row, bands, measured, verdicts
+from figure4 import Made, Measures, Opponents, Task
+from figure6 import ONE_VS_ALL, WEIGHTED, Row, bands, measured, placed, verdicts
 from machine import describe_machine
 from one_vs_all import STRENGTHS, Point, layout_of, path
 
 import cvxdistill
 from cvxdistill.adapters import GatedStudent, build_student
+from cvxdistill.solvers import Neurons
 
 SEEDS, A_CLASS = 10, 100
 QUICK_SEEDS, QUICK_A_CLASS, QUICK_STRENGTHS, QUICK_TEST_IMAGES = 2, 20, (0.1, 0.03), 1_000
-POLISHED, POLISHED_BEST = "polished", "polished, best"
-ADAM, ADAM_LARGER = "Adam, as polished", "Adam, as one-vs-all"
+POLISHED, POLISHED_WEIGHTED = "polished", "polished, weighted"
+ADAM, ADAM_WEIGHTED = "Adam, as polished", "Adam, as weighted"
+PAIRS = (
+    (POLISHED, ONE_VS_ALL),
+    (POLISHED, ADAM),
+    (POLISHED_WEIGHTED, WEIGHTED),
+    (POLISHED_WEIGHTED, ADAM_WEIGHTED),
+)
 STYLES = {
-    ONE_VS_ALL: "C2^-",
-    POLISHED: "C0o-",
-    POLISHED_BEST: "C1s-",
+    ONE_VS_ALL: "C2^:",
+    POLISHED: "C2o-",
+    WEIGHTED: "C0^:",
+    POLISHED_WEIGHTED: "C0o-",
     ADAM: "C3v--",
-    ADAM_LARGER: "C6x:",
+    ADAM_WEIGHTED: "C6x--",
 }
 
 
-def polished(point: Point, opponents: Opponents, *, best: bool) -> tuple[GatedStudent, int, float]:
-    """A point's student polished, its units, and the CPU seconds of that."""
+def polished(
+    point: Point, opponents: Opponents, root: np.ndarray, *, best: bool
+) -> tuple[GatedStudent, int, float]:
+    """A point's student polished, errors times ``root``; its units, and the CPU seconds of that."""
     clock = CpuClock()
     with clock:
         layout = layout_of(opponents.fitted)
         (X, Y), held_out = (
-            (layout.rows(data.inputs.numpy())[:], layout.targets(data.outputs.numpy()))
+            (layout.rows(data.inputs.numpy())[:], layout.targets(data.outputs.numpy()) @ root)
             for data in (opponents.fitted, opponents.held_out)
         )
+        units = point.neurons()
         result = cvxdistill.polish(
-            point.neurons(),
+            Neurons(units.W1, units.W2 @ root, units.gate),
             X,
             Y,
             gates=point.G,
-            intercept=point.intercept,
+            intercept=point.intercept @ root,
             max_neurons=point.units if best else None,
             validation_data=held_out,
         )
         left = result.network
-        student = build_student(layout, left.W1, left.W2, left.gate, point.G, result.intercept)
+        W2, b = (np.linalg.solve(root.T, part.T).T for part in (left.W2, result.intercept))
+        student = build_student(layout, left.W1, W2, left.gate, point.G, b)
     return student.eval(), len(left), clock.seconds
 
 
@@ -104,27 +119,28 @@ def along_path(
         own = {"seed": seed, "strength": point.strength, "student": name, "units": units}
         return {**own, **measured(measures, made), **kept}
 
-    for point in path(opponents.fitted, opponents.module, seed, strengths):
-        model = cvxdistill.swap_block(task.model, BLOCK.name, point.student())
-        made = Made(model, point.numbers, point.seconds, f"{point.gates} gates", point.gap)
-        yield row(point, ONE_VS_ALL, point.units, made)
-        after: dict[str, tuple[int, float]] = {}
-        for name, best in {POLISHED: False, POLISHED_BEST: True}.items():
-            student, units, seconds = polished(point, opponents, best=best)
+    weights = opponents.root.numpy()
+    task_of = (opponents.fitted, opponents.module, seed, strengths)
+    for names, root, best in (
+        ((ONE_VS_ALL, POLISHED, ADAM), None, False),
+        ((WEIGHTED, POLISHED_WEIGHTED, ADAM_WEIGHTED), weights, True),
+    ):
+        given, smaller, by_adam = names
+        for point in path(*task_of, root=root):
+            yield row(point, given, point.units, placed(task, point))
+            metric = np.eye(len(weights), dtype=weights.dtype) if root is None else root
+            student, units, seconds = polished(point, opponents, metric, best=best)
             seconds += point.seconds
-            after[name] = units, seconds
             model = cvxdistill.swap_block(task.model, BLOCK.name, student)
             made = Made(model, student.parameters_stored, seconds, f"{student.n_gates} gates")
-            yield row(point, name, units, made)
-        seconds = max(after[POLISHED][1], LEAST_SECONDS)
-        for name, units in {ADAM: after[POLISHED][0], ADAM_LARGER: point.units}.items():
+            yield row(point, smaller, units, made)
             budget = relu_numbers(units, opponents)
-            kept = ways.get((point.strength, name))
+            kept = ways.get((point.strength, by_adam))
             if kept is None:
                 way = tuned(opponents, budget, seconds)
                 kept = {"learning_rate": way.learning_rate, "weighted": way.weighted}
             made = relu_by_adam(opponents, budget, as_settings(kept), seconds, seed)
-            yield row(point, name, units, made, **kept)
+            yield row(point, by_adam, units, made, **kept)
 
 
 def draw(table: pd.DataFrame, file: Any) -> None:
@@ -192,7 +208,7 @@ def main(seeds: int, quick: bool) -> None:
         ways = {
             (row["strength"], row["student"]): {n: row[n] for n in ("learning_rate", "weighted")}
             for row in rows
-            if row["seed"] == 0 and row["student"] in (ADAM, ADAM_LARGER)
+            if row["seed"] == 0 and row["student"] in (ADAM, ADAM_WEIGHTED)
         }
         new = list(along_path(drawing.task(a_class, seed), seed, strengths, ways))
         append_rows(unfinished, new)
@@ -213,7 +229,7 @@ def main(seeds: int, quick: bool) -> None:
     summary = summarise(table)
     summary.to_csv(f"{output}_summary.csv", index=False, float_format="%.3g")
     print(summary.to_string(index=False, float_format="%.3g"))
-    for ours, theirs in ((POLISHED, ONE_VS_ALL), (POLISHED, ADAM), (POLISHED_BEST, ADAM_LARGER)):
+    for ours, theirs in PAIRS:
         lines = verdicts(table, ["strength"], ours, theirs)
         print("\n" + lines.to_string(index=False, float_format="%.4g"))
     print(f"wrote {output}.csv and .png")

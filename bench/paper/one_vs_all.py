@@ -9,6 +9,9 @@ principal components of its outputs, Y (n, c). One output at a time (penalty ``n
 is solved by R-FISTA to a certified gap, each alpha started at the solution before. The gates are an
 always-on one and filters of the block's own first convolution. A column that is not zero is a
 hidden unit, and the student stores these columns, their gates, the components and a mean.
+
+Outputs may be weighted by how the network uses them: the components are then those of Y root, with
+root^2 the mean of J^T J, J the Jacobian of what follows the block.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class Point:
     V : ndarray of shape (p, d, c)
     G : ndarray of shape (d, p)
     components : ndarray of shape (c, outputs)
-        Orthonormal rows.
+        What each of the programme's outputs adds to the block's.
     intercept : ndarray of shape (outputs,)
     gap : float
         Relative duality gap.
@@ -133,18 +136,22 @@ def path(
     strengths: tuple[float, ...] = STRENGTHS,
     n_gates: int = N_GATES,
     n_components: int = COMPONENTS,
+    root: np.ndarray | None = None,
 ) -> Iterator[Point]:
-    """The students of all strengths, from the strongest down."""
+    """The students of all strengths, from the strongest down; ``root`` weights the outputs."""
     clock = CpuClock()
     with clock:
         layout = layout_of(data)
         X = layout.rows(data.inputs.numpy())[:]
         Y = layout.targets(data.outputs.numpy())
         mean = Y.mean(axis=0)
-        components = np.linalg.svd(Y - mean, full_matrices=False)[2][:n_components]
+        T = Y - mean if root is None else (Y - mean) @ root
+        components = np.linalg.svd(T, full_matrices=False)[2][:n_components]
         G = gates_of(block, layout.input_shape, n_gates, seed)
         D, G = activation_patterns(X, G)
-        problem = GatedReLUProblem(X, (Y - mean) @ components.T, D, fit_intercept=True)
+        problem = GatedReLUProblem(X, T @ components.T, D, fit_intercept=True)
+        if root is not None:
+            components = np.linalg.solve(root.T, components.T).T
         alpha_max = problem.alpha_max()
         solver = RFISTA(tol=TOLERANCE, max_iter=MOST_ITERATIONS, check_every=5)
         solution: Solution | None = None
