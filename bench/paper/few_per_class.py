@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from baselines import Activations, AdamSettings, adam_student, filters_within
-from cpu_clock import CpuClock
-from datasets import load_cifar10, normalise
-from figure4 import (
+from contest import (
     BATCH,
     HELD_OUT,
     LEAST_SECONDS,
@@ -29,6 +27,8 @@ from figure4 import (
     Task,
     make_task,
 )
+from cpu_clock import CpuClock
+from datasets import load_cifar10, normalise
 from teachers import load_teacher
 
 from cvxdistill.adapters import capture

@@ -44,20 +44,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from baselines import AdamSettings
-from few_per_class import (
-    BLOCK,
-    CLASSES,
-    Drawing,
-    all_images,
-    append_rows,
-    as_settings,
-    read_rows,
-    relu_by_adam,
-    tuned,
-)
-from figure4 import (
+from contest import (
     BEST,
-    FILTERS,
     GATES,
     LEAST_SECONDS,
     LONG,
@@ -70,6 +58,18 @@ from figure4 import (
     compressed,
     inside,
 )
+from few_per_class import (
+    BLOCK,
+    CLASSES,
+    Drawing,
+    all_images,
+    append_rows,
+    as_settings,
+    read_rows,
+    relu_by_adam,
+    tuned,
+)
+from figure4 import FILTERS
 from machine import describe_machine
 from one_vs_all import STRENGTHS, Point, path
 

@@ -34,6 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from contest import Made, Measures, Opponents, Task
 from cpu_clock import CpuClock
 from few_per_class import (
     BLOCK,
@@ -44,7 +45,6 @@ from few_per_class import (
     relu_by_adam,
     tuned,
 )
-from figure4 import Made, Measures, Opponents, Task
 from figure6 import ONE_VS_ALL, WEIGHTED, Row, bands, measured, placed, verdicts
 from machine import describe_machine
 from one_vs_all import STRENGTHS, Point, layout_of, path

@@ -465,14 +465,14 @@ def test_the_table_of_sizes_says_where_a_student_is_missing(tmp_path):
 @pytest.fixture
 def drawing(monkeypatch):
     """Of 400 training and 100 test images."""
+    import contest
     import datasets
     import few_per_class
-    import figure4
 
     def few(split, count=None):
         return datasets.load_cifar10(split, min(count or 400, 400))
 
-    for module in (few_per_class, figure4):
+    for module in (few_per_class, contest):
         monkeypatch.setattr(module, "load_cifar10", few)
         monkeypatch.setattr(module, "LEAST_SECONDS", 0.05)
     return few_per_class.Drawing(100)
