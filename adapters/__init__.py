@@ -26,7 +26,7 @@ from cvxdistill.adapters.module_tree import (
 )
 from cvxdistill.adapters.onnx_export import export_onnx
 from cvxdistill.adapters.quantization import Int8Layer, quantize_student, stored_dtype
-from cvxdistill.adapters.sensitivity import output_metrics
+from cvxdistill.adapters.sensitivity import change_when_rewritten, output_metrics
 from cvxdistill.adapters.sites import Site, Sites, find_sites
 from cvxdistill.adapters.span_search import find_span
 from cvxdistill.adapters.spans import Span
@@ -37,7 +37,13 @@ from cvxdistill.adapters.storage import (
     save_online_state,
     save_student,
 )
-from cvxdistill.adapters.streaming import BlockTaps, Examples, model_output, token_rows
+from cvxdistill.adapters.streaming import (
+    BlockTaps,
+    Examples,
+    model_output,
+    pooled_rows,
+    token_rows,
+)
 from cvxdistill.adapters.student import GatedStudent, build_student, table1_parameters
 from cvxdistill.adapters.student_neurons import (
     StudentNeurons,
@@ -67,6 +73,7 @@ __all__ = [
     "build_linear_student",
     "build_student",
     "capture",
+    "change_when_rewritten",
     "check_model",
     "check_swappable",
     "evaluating",
@@ -86,6 +93,7 @@ __all__ = [
     "measure_onnx_latency",
     "model_output",
     "output_metrics",
+    "pooled_rows",
     "quantize_student",
     "save_compressed",
     "save_online_state",

@@ -146,6 +146,12 @@ def take_examples(batch: Batch, chosen: np.ndarray, size: int) -> Batch:
     return {k: part(v) for k, v in batch.items()} if isinstance(batch, dict) else part(batch)
 
 
+def repeat_examples(batch: Batch, count: int) -> Batch:
+    """``count`` examples: those that there are, over and over."""
+    length = batch_length(batch)
+    return take_examples(batch, np.arange(count) % length, length)
+
+
 def start_of(batch: Batch) -> Batch:
     """Its first two examples, or its only one, as a copy."""
     return take_examples(batch, np.arange(min(2, batch_length(batch))), batch_length(batch))

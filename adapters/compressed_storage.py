@@ -54,6 +54,7 @@ def save_compressed(model: nn.Module, spans: Sequence[Span], path: str | os.Path
                 "layout": {"class": type(student.layout).__name__, **asdict(student.layout)},
                 "input_rank": student.input_rank,
                 "rank": student.rank,
+                "written": student.written,
                 "dtype": stored_dtype(student),
             }
         )
@@ -95,9 +96,8 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
             first, *others = record["names"]
             last = others[-1] if others else first
             span = Span(first, last, tuple(others[:-1]))
-            student = LinearStudent(
-                layout_of(record["layout"]), record["input_rank"], record["rank"]
-            )
+            ranks = (record[name] for name in ("input_rank", "rank", "written"))
+            student = LinearStudent(layout_of(record["layout"]), *ranks)
             compressed = swap_block(compressed, span, student, inplace=True)
             # It has the dtype of the model now, which is right unless it was quantised.
             if record["dtype"] in DTYPES:

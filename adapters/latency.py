@@ -16,9 +16,8 @@ from torch import nn
 
 from cvxdistill.adapters.batches import (
     Batch,
-    batch_length,
+    repeat_examples,
     run_model,
-    take_examples,
     where_tensors_go,
 )
 from cvxdistill.adapters.module_tree import evaluating
@@ -78,7 +77,7 @@ def measure_latency(
         for model in models:
             stack.enter_context(evaluating(model))
         for size in check_batch_sizes(batch_sizes):
-            batch = _repeated(example, size)
+            batch = repeat_examples(example, size)
             found.append(_in_turn([_model_pass(model, batch) for model in models], size))
     return found
 
@@ -108,7 +107,7 @@ def measure_onnx_latency(
     ]
     found = []
     for size in check_batch_sizes(batch_sizes):
-        batch = _repeated(example, size)
+        batch = repeat_examples(example, size)
         found.append(_in_turn([_session_pass(session, batch) for session in sessions], size))
     return found
 
@@ -187,9 +186,3 @@ def _in_turn(calls: Sequence[Callable[[], Any]], batch_size: int) -> tuple[Laten
         low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
         found.append(Latency(batch_size, median, low, high, len(times)))
     return tuple(found)
-
-
-def _repeated(example: Batch, count: int) -> Batch:
-    """``count`` examples, those that there are over and over."""
-    length = batch_length(example)
-    return take_examples(example, np.arange(count) % length, length)

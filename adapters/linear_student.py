@@ -6,6 +6,9 @@ student makes use of it: r1 of the channels, chosen by a pivoted QR, are handed 
 only the others are mixed into them; r2 of the outputs come straight from W1, and only the others
 are mixed from these. That is the same map with r1^2 + r2^2 numbers less, and C + c to say which.
 
+Where the rest of a network reads a block's c outputs only through s < c combinations of them, Z has
+s columns: the student writes s of the outputs, which carry them all, and leaves the others zero.
+
 References
 ----------
 Cheng, Gimbutas, Martinsson and Rokhlin 2005 (interpolative decomposition).
@@ -37,6 +40,8 @@ class LinearStudent(nn.Module):
         r1; None: no projection.
     rank : int or None
         r2; None: full.
+    written : int or None
+        s, how many outputs it writes; None: all.
     dtype : torch.dtype
     """
 
@@ -48,17 +53,19 @@ class LinearStudent(nn.Module):
         layout: DenseLayout | ConvLayout,
         input_rank: int | None,
         rank: int | None,
+        written: int | None = None,
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.layout, self.input_rank, self.rank = layout, input_rank, rank
-        C, c = input_channels(layout), layout.n_outputs
+        self.layout, self.input_rank, self.rank, self.written = layout, input_rank, rank, written
+        C, c = input_channels(layout), written or layout.n_outputs
         inner = layout
         self.project: nn.Module | None = None
         self.expand: nn.Module | None = None
         self.mixes_others = input_rank is not None and _saves(input_rank, C)
-        self.expands_others = rank is not None and _saves(rank, c)
+        # Those that are written are named in any case.
+        self.expands_others = rank is not None and (written is not None or _saves(rank, c))
         if input_rank is not None:
             inner = replace(layout, input_shape=(input_rank, *layout.input_shape[1:]))
             given = C - input_rank if self.mixes_others else C
@@ -71,8 +78,9 @@ class LinearStudent(nn.Module):
         if rank is not None:
             wanted = c - rank if self.expands_others else c
             self.expand = position_layer(layout, rank, bias=True, dtype=dtype, outputs=wanted)
-            if self.expands_others:
-                self.register_buffer("output_order", torch.arange(c, dtype=torch.int32))
+        self.moves_outputs = self.expands_others or written is not None
+        if self.moves_outputs:
+            self.register_buffer("output_order", torch.arange(c, dtype=torch.int32))
 
     @property
     def parameters_stored(self) -> int:
@@ -107,12 +115,14 @@ class LinearStudent(nn.Module):
         dense = isinstance(self.layout, DenseLayout)
         flat = isinstance(self.layout, DenseLayout) and not self.layout.per_position
         out = self.core(z.flatten(1) if flat else z)
+        axis = -1 if dense else 1
         if self.expand is not None:
             others = self.expand(out)
-            axis = -1 if dense else 1
             out = torch.cat([out, others], axis) if self.expands_others else others
-            if self.expands_others:
-                out = torch.index_select(out, axis, self.output_order)
+        if self.moves_outputs:
+            shape = [*out.shape]
+            shape[axis] = self.layout.n_outputs
+            out = out.new_zeros(shape).index_copy(axis, self.output_order.long(), out)
         if flat:
             out = out.reshape(out.shape[0], *self.layout.output_shape)
         return out.to(given.dtype) if given.is_floating_point() else out
@@ -121,8 +131,8 @@ class LinearStudent(nn.Module):
         """Say the shapes and sizes in ``repr(model)``."""
         return (
             f"{self.layout.input_shape} -> {self.layout.output_shape}, "
-            f"input_rank={self.input_rank}, rank={self.rank}, stored={self.parameters_stored}, "
-            f"bytes={self.bytes_stored}"
+            f"input_rank={self.input_rank}, rank={self.rank}, written={self.written}, "
+            f"stored={self.parameters_stored}, bytes={self.bytes_stored}"
         )
 
 
@@ -135,23 +145,36 @@ def input_channels(layout: DenseLayout | ConvLayout) -> int:
 
 
 def linear_student_size(
-    layout: DenseLayout | ConvLayout, input_rank: int | None, rank: int | None
+    layout: DenseLayout | ConvLayout,
+    input_rank: int | None,
+    rank: int | None,
+    written: int | None = None,
 ) -> int:
-    """Numbers that a ``LinearStudent`` of these ranks stores."""
-    d, c, C = layout.n_features - 1, layout.n_outputs, input_channels(layout)
+    """Numbers that a ``LinearStudent`` of these ranks and written outputs stores."""
+    d, c, C = layout.n_features - 1, written or layout.n_outputs, input_channels(layout)
     size = c
     if input_rank is not None:
         d = d // C * input_rank
         size += _factor_size(input_rank, C)
-    return size + (d * c if rank is None else d * rank + _factor_size(rank, c))
+    if rank is None:
+        return size + d * c + (written or 0)
+    if written is None:
+        return size + d * rank + _factor_size(rank, c)
+    return size + d * rank + rank * (c - rank) + c
 
 
 def stored_orders(
-    layout: DenseLayout | ConvLayout, input_rank: int | None, rank: int | None
+    layout: DenseLayout | ConvLayout,
+    input_rank: int | None,
+    rank: int | None,
+    written: int | None = None,
 ) -> int:
     """How many of these numbers are orders, which are stored as int32."""
-    sides = ((input_rank, input_channels(layout)), (rank, layout.n_outputs))
-    return sum(of for r, of in sides if r is not None and _saves(r, of))
+    C, c = input_channels(layout), layout.n_outputs
+    of_inputs = C if input_rank is not None and _saves(input_rank, C) else 0
+    if written is not None:
+        return of_inputs + written
+    return of_inputs + (c if rank is not None and _saves(rank, c) else 0)
 
 
 def _saves(rank: int, of: int) -> bool:
@@ -170,6 +193,7 @@ def build_linear_student(
     W2: np.ndarray | None,
     intercept: np.ndarray,
     *,
+    written: np.ndarray | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LinearStudent:
     """Build the module that predicts Z = (X (P x I)) W1 W2 + 1 b^T.
@@ -182,14 +206,23 @@ def build_linear_student(
         Features ordered (channel, place), without the constant one.
     W2 : ndarray of shape (r2, c), or None
     intercept : ndarray of shape (c,)
+    written : ndarray of int of shape (s,), optional
+        The outputs that the columns of Z are; the others are zero. c is then s above.
     dtype : torch.dtype, default torch.float32
 
     Raises
     ------
     ValueError
-        If shapes do not fit the layout, or anything is not finite.
+        If shapes do not fit the layout, ``written`` are not different outputs of it, or anything is
+        not finite.
     """
     C, c = input_channels(layout), layout.n_outputs
+    if written is not None:
+        written = np.asarray(written)
+        least, most = (int(written.min()), int(written.max())) if written.size else (0, -1)
+        if not 0 <= least <= most < c or len(np.unique(written)) < written.size:
+            raise ValueError(f"written must be different outputs from 0 to {c - 1}, got {written}.")
+        c = len(written)
     places = (layout.n_features - 1) // C
     r1 = C if P is None else P.shape[1]
     r2 = c if W2 is None else len(W2)
@@ -207,30 +240,37 @@ def build_linear_student(
         if not np.isfinite(array).all():
             raise ValueError(f"{name} contains NaN or infinity.")
     student = LinearStudent(
-        layout, None if P is None else r1, None if W2 is None else r2, dtype=dtype
+        layout,
+        None if P is None else r1,
+        None if W2 is None else r2,
+        None if written is None else c,
+        dtype=dtype,
     )
+    order: np.ndarray = np.arange(c)
     W1, b = np.asarray(W1, np.float64), np.asarray(intercept, np.float64)
     if P is not None and student.project is not None:
         P = np.asarray(P, np.float64)
         if student.mixes_others:
-            order = qr(P.T, mode="r", pivoting=True)[1]
-            kept = P[order[:r1]]
+            channels = qr(P.T, mode="r", pivoting=True)[1]
+            kept = P[channels[:r1]]
             W1 = (kept @ W1.reshape(r1, -1)).reshape(W1.shape)
-            P = solve(kept.T, P[order[r1:]].T).T
-            student.channel_order.copy_(torch.from_numpy(order))
+            P = solve(kept.T, P[channels[r1:]].T).T
+            student.channel_order.copy_(torch.from_numpy(channels))
         set_weights(student.project, P)
     if W2 is not None and student.expand is not None:
         W2 = np.asarray(W2, np.float64)
         if student.expands_others:
-            order = qr(W2, mode="r", pivoting=True)[1]
+            order = np.asarray(qr(W2, mode="r", pivoting=True)[1])
             kept = W2[:, order[:r2]]
             W1, W2 = W1 @ kept, solve(kept, W2[:, order[r2:]])
             set_weights(student.core, W1, b[order[:r2]])
             set_weights(student.expand, W2, b[order[r2:]] - b[order[:r2]] @ W2)
-            student.output_order.copy_(torch.from_numpy(np.argsort(order)))
         else:
             set_weights(student.core, W1)
             set_weights(student.expand, W2, b)
     else:
         set_weights(student.core, W1, b)
+    if student.moves_outputs:
+        moved = order if written is None else written[order]
+        student.output_order.copy_(torch.from_numpy(moved))
     return student.eval()

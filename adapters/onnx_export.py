@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cvxdistill.adapters.batches import Batch, holds_examples, run_model
+from cvxdistill.adapters.batches import Batch, holds_examples, repeat_examples, run_model
 from cvxdistill.adapters.call_structure import tensors_in
 from cvxdistill.adapters.module_tree import evaluating
 from cvxdistill.adapters.quantization import Int8Layer
@@ -76,7 +76,7 @@ def export_onnx(
     if isinstance(tolerance, bool) or not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
     # One example would be taken for a constant.
-    two = _repeated(example, 2)
+    two = repeat_examples(example, 2)
     path, worst = Path(path), 0.0
     rounds = any(isinstance(module, Int8Layer) for module in model.modules())
     coarse = rounds or any(dtype.itemsize < 4 for dtype in floats)
@@ -86,7 +86,7 @@ def export_onnx(
             with _quiet():
                 program.save(path)
             for count in CHECKED_BATCHES:
-                found = _differences(model, _repeated(example, count), path)
+                found = _differences(model, repeat_examples(example, count), path)
                 worst = max(worst, float(found.max()))
                 typical = float(np.median(found))
                 if coarse and typical <= tolerance and worst <= max(ROUNDED_OTHERWISE, tolerance):
@@ -167,17 +167,6 @@ def _differences(model: nn.Module, batch: Batch, path: Path) -> np.ndarray:
         off = off.reshape(count, -1) if off.shape[:1] == (count,) else off.reshape(1, -1)
         worst = np.maximum(worst, off.max(axis=1, initial=0.0))
     return worst
-
-
-def _repeated(example: Batch, count: int) -> Batch:
-    """``count`` examples, those that there are over and over."""
-
-    def part(value: Any) -> Any:
-        if not holds_examples(value):
-            return value
-        return value[torch.arange(count, device=value.device) % len(value)]
-
-    return {k: part(v) for k, v in example.items()} if isinstance(example, dict) else part(example)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,24 @@ from cvxdistill.adapters.spans import Span
 
 # Random combinations of the model's outputs for each batch.
 PROBES = 3
+# Gradients differ between positions that count alike by no more than this share of the largest.
+ALIKE = 1e-4
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """How errors of a block's outputs count for the model's.
+
+    Attributes
+    ----------
+    matrix : ndarray of shape (c, c)
+        Mean of J^T J over examples and positions.
+    uniform : bool
+        Whether J was the same at all positions of an image, as where they are averaged later.
+    """
+
+    matrix: np.ndarray
+    uniform: bool
 
 
 def output_metrics(
@@ -23,7 +42,7 @@ def output_metrics(
     spans: Sequence[Span],
     batches: Iterable[Batch],
     rng: np.random.Generator,
-) -> list[np.ndarray | None]:
+) -> list[OutputMetric | None]:
     """Mean of J^T J over examples and positions, for the outputs (c,) of every span.
 
     J is the Jacobian of the model's output with respect to the span's output at one position: a
@@ -40,8 +59,9 @@ def output_metrics(
 
     Returns
     -------
-    list of ndarray of shape (c, c), or None where the model gives no gradient
+    list of OutputMetric, or None where the model gives no gradient
     """
+    uniform = [True] * len(spans)
     found: list[Tensor | None] = [None] * len(spans)
     sums: list[Any] = [0.0] * len(spans)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -75,13 +95,73 @@ def output_metrics(
                         if gradient is not None:
                             g = _positions(gradient)
                             sums[k] = sums[k] + g.T @ g
+                            uniform[k] = uniform[k] and _is_uniform(gradient)
     except RuntimeError:
         # Inference tensors, or operations without a derivative.
         return [None] * len(spans)
     finally:
         for handle in handles:
             handle.remove()
-    return [q if isinstance(q, np.ndarray) and np.isfinite(q).all() else None for q in sums]
+    return [
+        OutputMetric(q, alike) if isinstance(q, np.ndarray) and np.isfinite(q).all() else None
+        for q, alike in zip(sums, uniform, strict=True)
+    ]
+
+
+def change_when_rewritten(
+    model: nn.Module,
+    span: Span,
+    rewritten: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+) -> float:
+    """How much a model's outputs change when those of a span are rewritten.
+
+    Parameters
+    ----------
+    model : nn.Module
+    span : Span
+    rewritten : callable
+        From the span's output, a tensor of the same shape.
+    batches : iterable of Tensor or dict
+
+    Returns
+    -------
+    float
+        ||F' - F||_F / ||F||_F of the worst of the model's outputs; infinite if one is not finite.
+    """
+    module = dict(model.named_modules(remove_duplicate=False))[span.last]
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        tensor, structure = Structure.split(output)
+        return structure.wrap(rewritten(tensor))
+
+    def outputs(batch: Batch) -> list[Tensor]:
+        return [t.double() for t in tensors_in(run_model(model, batch)) if t.is_floating_point()]
+
+    squares = np.zeros((1, 2))
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            originals = outputs(batch)
+            handle = module.register_forward_hook(hook)
+            try:
+                pairs = zip(outputs(batch), originals, strict=True)
+            finally:
+                handle.remove()
+            squares = squares + [
+                [float((found - original).square().sum()), float(original.square().sum())]
+                for found, original in pairs
+            ]
+    if not np.isfinite(squares).all():
+        return float("inf")
+    return float(np.sqrt(squares[:, 0] / np.maximum(squares[:, 1], 1e-300)).max())
+
+
+def _is_uniform(gradient: Tensor) -> bool:
+    """Whether gradients (N, c, H, W) are the same at more than one position."""
+    if gradient.ndim != 4 or gradient[0, 0].numel() == 1:
+        return False
+    differ = (gradient - gradient[:, :, :1, :1]).abs().max()
+    return bool(differ <= ALIKE * gradient.abs().max())
 
 
 def _positions(gradient: Tensor) -> np.ndarray:

@@ -136,7 +136,7 @@ def compress(
     total = measure.model(model)
     with evaluating(model):
         with timed(seconds, "curves"):
-            options = work.options(measure)
+            options = work.options(measure, sequential)
         with timed(seconds, "allocation"):
             # Layers that no student could replace cost nothing here: units are rounded for each.
             covered = {k for option in options for k in range(option.start, option.stop)}

@@ -113,8 +113,8 @@ class Distillation:
         tolerance : float, optional
             What onnxruntime's outputs may differ from torch's, relative to the largest of them if
             that is above 1; for 1, 3 and 64 examples. 1e-4 by default, 5e-3 with float16. With
-            int8 half of the examples must be so close, the others within 0.05: a number between
-            two integers may be rounded to either.
+            either dtype of ``quantize`` half of the examples must be so close, the others within
+            0.05: a number between two integers may be rounded to either, a gate at 0 be on or off.
 
         Returns
         -------

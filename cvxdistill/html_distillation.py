@@ -20,7 +20,7 @@ from cvxdistill.html_report import (
     phases,
     write_page,
 )
-from cvxdistill.inspection import HEADINGS, inspect
+from cvxdistill.inspection import HEADINGS, block_cells, inspect
 
 if TYPE_CHECKING:
     from cvxdistill.report import Report
@@ -188,17 +188,7 @@ def _add_blocks(page: Page, report: Report) -> None:
     table = inspect(report.original if original else report.model, report.example)
     roles = [_role(info.name, report.replaced, original) for info in table]
     rows = [
-        (
-            info.name or "total",
-            info.type,
-            _shape(info.input_shape),
-            _shape(info.output_shape),
-            f"{info.parameters:,}",
-            f"{info.share:.1%}",
-            f"{info.multiply_adds:,}",
-            f"{info.calls:,}",
-            role,
-        )
+        (*block_cells(info), role)
         for info, role in zip((*table, table.model), (*roles, ""), strict=True)
     ]
     page.table(
@@ -208,10 +198,6 @@ def _add_blocks(page: Page, report: Report) -> None:
         text_columns=(0, 1, 2, 3, 8),
         marked=[k for k, role in enumerate(roles) if role in ("replaced", "student")],
     )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "-" if shape is None else " x ".join(map(str, shape)) or "scalar"
 
 
 def _role(name: str, replaced: Sequence[str], original: bool) -> str:

@@ -20,6 +20,20 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
+def block_cells(info: BlockInfo) -> tuple[str, ...]:
+    """What stands below ``HEADINGS`` for one block, or for the whole model."""
+    return (
+        info.name or "total",
+        info.type,
+        _shape(info.input_shape),
+        _shape(info.output_shape),
+        f"{info.parameters:,}",
+        f"{info.share:.1%}",
+        f"{info.multiply_adds:,}",
+        f"{info.calls:,}",
+    )
+
+
 class BlockTable(Sequence["BlockInfo"]):
     """The blocks of a model in tree order: iterable, indexed by name or position, printable.
 
@@ -77,21 +91,7 @@ class BlockTable(Sequence["BlockInfo"]):
         )
 
     def __str__(self) -> str:
-        cells = [HEADINGS]
-        for info in (*self._blocks, self.model):
-            total = info is self.model
-            cells.append(
-                (
-                    "total" if total else info.name,
-                    info.type,
-                    _shape(info.input_shape),
-                    _shape(info.output_shape),
-                    f"{info.parameters:,}",
-                    f"{info.share:.1%}",
-                    f"{info.multiply_adds:,}",
-                    f"{info.calls:,}",
-                )
-            )
+        cells = [HEADINGS, *map(block_cells, (*self._blocks, self.model))]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(

@@ -251,7 +251,7 @@ def _following(
     end = min(1.0, share + METRIC_EXAMPLES / len(examples))
     batches = (batch for batch, _ in examples.between(share, end))
     (metric,) = output_metrics(model, [span], batches, rng)
-    weighting = None if metric is None else Weighting.of(metric)
+    weighting = None if metric is None else Weighting.of(metric.matrix)
     if weighting is None:
         raise ValueError("match='network' needs a model that gives gradients of its output.")
     return FollowingMap(match, False, weighting.root, np.zeros(len(weighting.root)))

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,14 +34,19 @@ if TYPE_CHECKING:
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
 CURVE_ROWS, FIT_ROWS = 10, 50
+# Where images count as means over their positions: examples, at least, for each feature.
+POOLED_ROWS = 2
 # Fitted examples that say how the network uses a block's outputs.
 METRIC_EXAMPLES = 400
 # Sites that need more examples than this are gone through apart.
 FEW_EXAMPLES = 5000
+# A student may leave outputs out where that alone changes the model's by no more than this.
+UNCHANGED = 1e-4
 # Held-out examples at most.
 MOST_HELD_OUT = 2000
-# Students of each block whose effect on the output is measured; the others' is interpolated.
-MEASURED_SIZES = 3
+# Students of each block, at least, whose effect on the output is measured; the others' is
+# interpolated. Of few blocks more are measured: so many of all together.
+MEASURED_SIZES, MEASURED_IN_ALL = 3, 48
 # Relative squared activation error from which on it is in proportion to the output's.
 SMALLEST_TELLING = 1e-3
 
@@ -70,11 +76,11 @@ class SiteStudents:
             model, examples, self.share, self.n_held_out, criterion, self._keep_outputs
         )
 
-    def options(self, measure: ModelSize) -> list[Option]:
+    def options(self, measure: ModelSize, sequential: bool) -> list[Option]:
         """Students of every site, and what each is taken to add to the squared change."""
         from cvxdistill.adapters import stored_orders
 
-        self._set_weightings()
+        self._set_weightings(sequential)
         needs = [self._examples_for(site, CURVE_ROWS) for site in self.sites]
         sums: dict[int, GatedStatistics] = {}
         # Most sites need few examples: not all of them are recorded for the others' sake.
@@ -101,13 +107,16 @@ class SiteStudents:
                 for name in self.layers[site.start : site.stop]
             )
             for (size, _), error in zip(sizes, errors, strict=True):
-                orders = stored_orders(site.layout, size.input_rank, size.rank)
+                orders = stored_orders(site.layout, size.input_rank, size.rank, size.written)
                 cost = measure.student(site, max(0, size.parameters - saved), orders)
                 options.append(Option(site.start, site.stop, cost, error, (site, size, error)))
         return options
 
-    def _set_weightings(self) -> None:
-        """A weighting of each site's outputs by how the rest of the network uses them."""
+    def _set_weightings(self, sequential: bool) -> None:
+        """A weighting of each site's outputs by how the rest of the network uses them.
+
+        Students after it that were fitted to what the original gives could read any of them.
+        """
         from cvxdistill.adapters import output_metrics
 
         end = min(1.0, self.share + METRIC_EXAMPLES / len(self.examples))
@@ -115,10 +124,31 @@ class SiteStudents:
         spans = [site.span for site in self.sites]
         metrics = output_metrics(self.model, spans, batches, self.rng)
         for site, metric in zip(self.sites, metrics, strict=True):
-            if metric is not None and len(metric) == site.layout.n_outputs:
-                weighting = Weighting.of(metric)
-                if weighting is not None:
-                    self._weightings[site.name] = weighting
+            if metric is None or len(metric.matrix) != site.layout.n_outputs:
+                continue
+            weighting = Weighting.of(metric.matrix)
+            if weighting is not None and metric.uniform and self._enough_to_pool(site):
+                weighting = self._if_the_same(site, replace(weighting, pooled=True), weighting)
+            if weighting is not None and sequential:
+                few = Weighting.of_few(metric.matrix)
+                if few is not None:
+                    few = replace(few, pooled=weighting.pooled)
+                    weighting = self._if_the_same(site, few, weighting)
+            if weighting is not None:
+                self._weightings[site.name] = weighting
+
+    def _enough_to_pool(self, site: Site) -> bool:
+        """Whether there are rows enough if each example gives one."""
+        return len(self.examples) - self.n_held_out >= POOLED_ROWS * site.layout.n_features
+
+    def _if_the_same(self, site: Site, tried: Weighting, otherwise: Weighting) -> Weighting:
+        """A weighting if what it keeps of the outputs is all that the rest of the network reads."""
+        from cvxdistill.adapters import change_when_rewritten
+
+        end = min(self.share, METRIC_EXAMPLES / len(self.examples))
+        batches = (batch for batch, _ in self.examples.between(0, end))
+        change = change_when_rewritten(self.model, site.span, tried.rewritten, batches)
+        return tried if change <= UNCHANGED else otherwise
 
     def _ridge(
         self, site: Site, sums: GatedStatistics, held_out: GatedStatistics
@@ -138,7 +168,8 @@ class SiteStudents:
         # Where next to nothing is left of the error, its share in the output's is noise.
         telling = int((activation > SMALLEST_TELLING).sum())
         last = max(telling - 1, 0)
-        places = np.unique(np.linspace(0, last, MEASURED_SIZES).round().astype(int))
+        count = max(MEASURED_SIZES, MEASURED_IN_ALL // len(self.sites))
+        places = np.unique(np.linspace(0, last, count).round().astype(int))
         measured = []
         for k in places:
             size = sizes[k][0]
@@ -216,7 +247,9 @@ class SiteStudents:
 
     def _examples_for(self, site: Site, rows_per_feature: int) -> int:
         """Examples that give so many rows for each feature of a site's student."""
-        return math.ceil(rows_per_feature * site.layout.n_features / site.rows)
+        weighting = self._weightings.get(site.name)
+        rows = 1 if weighting is not None and weighting.pooled else site.rows
+        return math.ceil(rows_per_feature * site.layout.n_features / rows)
 
     def _sums(
         self,
@@ -232,14 +265,22 @@ class SiteStudents:
         site ever receives is subtracted from its inputs, always the same: features far from zero
         would lose their digits.
         """
-        from cvxdistill.adapters import BlockTaps, token_rows
+        from cvxdistill.adapters import BlockTaps, pooled_rows, token_rows
 
         low, high, count = 0.0, self.share, self.n_held_out
         if need is not None:
             fitted = len(self.examples) - self.n_held_out
             count = min(need, fitted)
             low, high = self.share, self.share + (1 - self.share) * count / fitted
-        sums = [GatedStatistics(1, s.layout.n_features - 1, s.layout.n_outputs) for s in sites]
+        weightings = [self._weightings.get(site.name) for site in sites]
+        outputs = [
+            s.layout.n_outputs if w is None else w.root.shape[1]
+            for s, w in zip(sites, weightings, strict=True)
+        ]
+        sums = [
+            GatedStatistics(1, s.layout.n_features - 1, c)
+            for s, c in zip(sites, outputs, strict=True)
+        ]
         taps = BlockTaps(self.model, [site.span for site in sites])
         inputs = None
         if source is not self.model:
@@ -256,13 +297,18 @@ class SiteStudents:
             pairs = taps.run(batch)
             taken = pairs if inputs is None else inputs.run(batch)
             done += len(which)
-            for site, total, (_, output), (input, _) in zip(sites, sums, pairs, taken, strict=True):
+            for site, weighting, total, (_, output), (input, _) in zip(
+                sites, weightings, sums, pairs, taken, strict=True
+            ):
                 keep = self._keep(site.name, number, batch, which, (input, output))
                 # As many rows as the share of the examples that has been gone through.
                 wanted = math.ceil(rows_per_feature * site.layout.n_features * done / count)
                 if wanted > total.n:
-                    X, Y = token_rows(site.layout, input, output, keep, wanted - total.n, self.rng)
-                    weighting = self._weightings.get(site.name)
+                    if weighting is not None and weighting.pooled:
+                        X, Y = pooled_rows(site.layout, input, output, wanted - total.n)
+                    else:
+                        left = wanted - total.n
+                        X, Y = token_rows(site.layout, input, output, keep, left, self.rng)
                     if weighting is not None:
                         Y = Y @ weighting.root.astype(Y.dtype)
                     offset = self._offsets.setdefault(site.name, X.mean(axis=0))

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.linalg import qr
 
 from cvxdistill.solvers import GatedStatistics, LinearFit, ProjectedRidge
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cvxdistill.adapters import ConvLayout, DenseLayout, LinearStudent
 
 # Strengths of the ridge, relative to the mean variance of a feature.
@@ -26,6 +29,8 @@ MOST_SIZES = 16
 
 # What the weights of outputs are raised by, relative to their mean.
 METRIC_FLOOR = 0.1
+# Directions of outputs that matter less than this share of the first do not matter.
+READ = 1e-6
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,19 @@ class Size:
     Attributes
     ----------
     input_rank, rank : int or None
+    written : int or None
+        How many outputs it writes; None: all.
     parameters : int
         All stored numbers.
     """
 
     input_rank: int | None
     rank: int | None
+    written: int | None
     parameters: int
 
     def __str__(self) -> str:
-        names = (("channels", self.input_rank), ("rank", self.rank))
+        names = (("channels", self.input_rank), ("rank", self.rank), ("outputs", self.written))
         return ", ".join(f"{name} {value}" for name, value in names if value) or "full"
 
 
@@ -64,22 +72,23 @@ def student_sizes(
     from cvxdistill.adapters import linear_student_size
 
     found: list[tuple[Size, float]] = []
-    c, channels = layout.n_outputs, ridge.channels
+    c, channels = ridge.outputs, ridge.channels
+    written = c if c < layout.n_outputs else None
     input_ranks: list[int | None] = [None]
     if channels > 1:
         ranks = {max(1, round(share * channels)) for share in INPUT_SHARES} - {channels}
         input_ranks += sorted(ranks)
     for input_rank in input_ranks:
-        smallest = linear_student_size(layout, input_rank, 1)
+        smallest = linear_student_size(layout, input_rank, 1, written)
         if smallest >= most_parameters:
             continue
         errors = ridge.errors(input_rank)
         features = (layout.n_features - 1) // channels * (input_rank or channels)
         for rank in range(1, min(c, features) + 1):
             full = rank == c
-            stored = linear_student_size(layout, input_rank, None if full else rank)
+            stored = linear_student_size(layout, input_rank, None if full else rank, written)
             if stored < most_parameters:
-                size = Size(input_rank, None if full else rank, stored)
+                size = Size(input_rank, None if full else rank, written, stored)
                 found.append((size, float(errors[rank])))
     found.sort(key=lambda pair: (pair[0].parameters, pair[1]))
     front: list[tuple[Size, float]] = []
@@ -101,12 +110,20 @@ class Weighting:
 
     Attributes
     ----------
-    root, inverse : ndarray of shape (c, c)
-        Targets are multiplied by the root, second layers by its inverse.
+    root : ndarray of shape (c, s)
+        Targets are multiplied by it.
+    inverse : ndarray of shape (s, s)
+        Second layers are multiplied by it.
+    written : ndarray of int of shape (s,), or None
+        The outputs that these then are; None: all c = s of them.
+    pooled : bool
+        Whether they count as their mean over the positions of an image.
     """
 
     root: np.ndarray
     inverse: np.ndarray
+    written: np.ndarray | None = None
+    pooled: bool = False
 
     @classmethod
     def of(cls, metric: np.ndarray) -> Weighting | None:
@@ -118,6 +135,37 @@ class Weighting:
         values = np.maximum(values / mean, 0) + METRIC_FLOOR
         return cls((vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T)
 
+    @classmethod
+    def of_few(cls, metric: np.ndarray) -> Weighting | None:
+        """The same where the metric's rank s is at most half of c, for s outputs alone.
+
+        With J^T J = V L V^T, V (c, s), outputs y and y' count for the same if V^T y' = V^T y. Of
+        those y' one is zero but for s entries, chosen by a QR of V^T with pivots. That is so to
+        first order; whether it holds has to be tried (``change_when_rewritten``).
+        """
+        values, vectors = np.linalg.eigh(metric)
+        seen = values > READ * values[-1]
+        s = int(seen.sum())
+        if not 0 < s <= len(metric) // 2:
+            return None
+        root = vectors[:, seen] * np.sqrt(values[seen] / values.mean())
+        written = qr(vectors[:, seen].T, mode="r", pivoting=True)[1][:s].astype(np.int64)
+        return cls(root, np.linalg.inv(root[written]), written)
+
+    def rewritten(self, outputs: Tensor) -> Tensor:
+        """What counts for the same as a block's outputs, (N, c, H, W) or (..., c)."""
+        import torch
+
+        axis = 1 if outputs.ndim == 4 else -1
+        if self.pooled:
+            outputs = outputs.mean(dim=(2, 3), keepdim=True).expand_as(outputs)
+        if self.written is None:
+            return outputs.clone()
+        R = torch.from_numpy(self.root @ self.inverse).to(outputs)
+        few = torch.movedim(torch.movedim(outputs, axis, -1) @ R, -1, axis)
+        written = torch.from_numpy(self.written).to(outputs.device)
+        return torch.zeros_like(outputs).index_copy(axis, written, few)
+
 
 def linear_student(
     fit: LinearFit, layout: ConvLayout | DenseLayout, weighting: Weighting | None = None
@@ -126,10 +174,11 @@ def linear_student(
     from cvxdistill.adapters import build_linear_student
 
     W1, W2, b = fit.W1, fit.W2, fit.intercept
-    if weighting is not None:
-        b = b @ weighting.inverse
-        if W2 is None:
-            W1 = W1 @ weighting.inverse
-        else:
-            W2 = W2 @ weighting.inverse
-    return build_linear_student(layout, fit.P, W1, W2, b)
+    if weighting is None:
+        return build_linear_student(layout, fit.P, W1, W2, b)
+    b = b @ weighting.inverse
+    if W2 is None:
+        W1 = W1 @ weighting.inverse
+    else:
+        W2 = W2 @ weighting.inverse
+    return build_linear_student(layout, fit.P, W1, W2, b, written=weighting.written)

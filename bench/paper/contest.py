@@ -41,8 +41,8 @@ BATCH = 128
 # Of Adam with batches, and with all examples at each step.
 RATES = {BATCH: (1e-3, 3e-3, 1e-2), None: (3e-3, 1e-2, 3e-2)}
 PILOT, LONG = 0.25, 10
-# Of the gated students: gates, and the most seconds for each alpha.
-GATES, SECONDS_AN_ALPHA = 16, 5.0
+# Of the gated students: gates, their features at most, and the most seconds for each alpha.
+GATES, MOST_FEATURES, SECONDS_AN_ALPHA = 16, 6000, 5.0
 # The least CPU seconds that Adam has.
 LEAST_SECONDS = 2.0
 
@@ -59,12 +59,15 @@ class Block:
     first : tuple of Convolution
     second : tuple of int
         Kernel sizes: of what sees no padding alone.
+    match : str
+        What gated students are fitted to: what follows if it is linear.
     """
 
     name: str
     start: str
     first: tuple[Convolution, ...]
     second: tuple[int, ...]
+    match: str = "network"
 
 
 PLAIN = Convolution(3, 1, 1)
@@ -73,38 +76,26 @@ NETWORKS = {
     "resnet18": (
         Block("layer3", "layer3", STRIDED[:1], (1, 3)),
         # 2 x 2 inputs: of 3 x 3 weights 5 would meet padding alone.
-        Block("layer4", "layer4", (Convolution(2, 1, 0),), (1,)),
+        Block("layer4", "layer4", (Convolution(2, 1, 0),), (1,), "after:fc"),
     ),
     "resnet20": (
-        Block("layer3", "layer3", STRIDED, (1, 3)),
-        Block("layer3.2", "layer3", (PLAIN,), (1, 3)),
+        Block("layer3", "layer3", STRIDED, (1, 3), "after:linear"),
+        Block("layer3.2", "layer3", (PLAIN,), (1, 3), "after:linear"),
         Block("layer2", "layer2", STRIDED, (1, 3)),
     ),
 }
 CONVEX, BEST = ("linear", "several", "gated"), "best convex"
 
 
-class MeanOverPixels(nn.Module):
-    """(N, C, H, W) to (N, C)."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z.mean(dim=(2, 3))
-
-
 def tail(model: nn.Module, start: str) -> nn.Sequential:
     """The network from a block on, under the same names."""
     children = OrderedDict(model.named_children())
     names = list(children)[list(children).index(start) :]
-    parts = OrderedDict((name, children[name]) for name in names)
-    if "avgpool" in parts:
-        parts = OrderedDict(
-            item
-            for name, module in parts.items()
-            for item in ((name, module), *([("flat", nn.Flatten())] if name == "avgpool" else []))
-        )
-    else:
-        parts["pool"] = MeanOverPixels()
-        parts.move_to_end("linear")
+    parts: OrderedDict[str, nn.Module] = OrderedDict((name, children[name]) for name in names)
+    head, layer = parts.popitem()
+    # The CIFAR networks average in their ``forward``.
+    parts.setdefault("avgpool", nn.AdaptiveAvgPool2d(1))
+    parts["flat"], parts[head] = nn.Flatten(), layer
     return nn.Sequential(parts).eval()
 
 
@@ -223,25 +214,28 @@ def compressed(task: Task, blocks: list[str], whole: int, budget: int) -> Made:
     return Made(result.model, result.after - (total - whole), seconds, chosen, gap)
 
 
-def gated(task: Task, block: str) -> Callable[[int], Made]:
-    """The gated students of ``distill``: for a budget, the best held-out one that fits."""
+def distilled(task: Task, block: str, match: str) -> Callable[[str, int], Made]:
+    """Linear and gated students of ``distill``: of a kind, the best held-out one in a budget."""
+    rows = task.training[:2]
+    with cvxdistill.adapters.capture(task.model, block, rows, verbose=0) as captured:
+        layout = infer_layout(captured.inputs.shape[1:], captured.outputs.shape[1:])
     start = time.process_time()
     result = cvxdistill.distill(
         task.model,
         block,
         task.training,
         student="gated",
-        n_gates=GATES,
-        max_rows=None,
+        match=match,
+        n_gates=min(GATES, MOST_FEATURES // layout.n_features),
         time_limit=SECONDS_AN_ALPHA,
         verbose=0,
     )
     seconds = time.process_time() - start
 
-    def within(budget: int) -> Made:
-        fits = [c for c in result.candidates if c.kind == "gated" and c.parameters <= budget]
+    def within(kind: str, budget: int) -> Made:
+        fits = [c for c in result.candidates if c.kind == kind and c.parameters <= budget]
         if not fits:
-            raise ValueError(f"no gated student has {budget:,} numbers or fewer.")
+            raise ValueError(f"no {kind} student has {budget:,} numbers or fewer.")
         best = min(fits, key=lambda c: c.error)
         model = cvxdistill.swap_block(task.model, block, best.student)
         about = f"{best.n_neurons} units, {best.n_gates} gates"
@@ -276,7 +270,8 @@ class Opponents:
         batches = iter(task.training[task.fitted][:400].split(100))
         span = Span(block.name, block.name)
         (metric,) = output_metrics(task.model, [span], batches, np.random.default_rng(0))
-        weighting = Weighting.of(metric)
+        assert metric is not None
+        weighting = Weighting.of(metric.matrix)
         assert weighting is not None
         self.root = torch.from_numpy(weighting.root.astype(np.float32))
 

@@ -14,7 +14,8 @@ Convex students:
 
     linear      ``compress`` of the block alone: one linear student
     several     ``compress`` of the block and all its layers: several small ones, or one
-    gated       ``distill(student="gated")``, the block's own gates
+    gated       ``distill(student="gated")``, the block's own gates, fitted to what the network
+                makes of the block's outputs
 
 Baselines, see ``bench/baselines.py``: the ReLU student by Adam with batches of 128 and with full
 batches, the gated one by Adam, magnitude pruning, truncated singular value decompositions, ridge
@@ -52,7 +53,7 @@ from contest import (
     Opponents,
     block_numbers,
     compressed,
-    gated,
+    distilled,
     inside,
     make_task,
 )
@@ -91,7 +92,7 @@ class Contest:
         self.opponents = Opponents(self.task, block, self.measures)
         self.whole = block_numbers(self.task.model, block.name)
         self.sites = inside(self.task, [block.name])
-        self._gated: Callable[[int], Made] | None = None
+        self._distilled: Callable[[str, int], Made] | None = None
 
     def budget(self, m: int) -> int:
         """Numbers of the paper's student with m filters."""
@@ -101,12 +102,13 @@ class Contest:
     def students(self, m: int) -> Iterator[tuple[str, Made]]:
         """All of them, the convex ones first."""
         budget = self.budget(m)
-        self._gated = self._gated or gated(self.task, self.block.name)
-        of_gates = self._gated
+        name, match = self.block.name, self.block.match
+        self._distilled = self._distilled or distilled(self.task, name, match)
+        of_gates = self._distilled
         ways: dict[str, Callable[[], Made]] = {
             "linear": lambda: compressed(self.task, [self.block.name], self.whole, budget),
             "several": lambda: compressed(self.task, self.sites, self.whole, budget),
-            "gated": lambda: of_gates(budget),
+            "gated": lambda: of_gates("gated", budget),
         }
         convex: list[Made] = []
         for name, way in ways.items():

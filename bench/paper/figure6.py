@@ -30,8 +30,7 @@ kept. It then trains on all images, those held out too.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -46,16 +45,15 @@ import pandas as pd
 from baselines import AdamSettings
 from contest import (
     BEST,
-    GATES,
     LEAST_SECONDS,
     LONG,
-    SECONDS_AN_ALPHA,
     Made,
     Measures,
     Opponents,
     Task,
     block_numbers,
     compressed,
+    distilled,
     inside,
 )
 from few_per_class import (
@@ -104,33 +102,6 @@ ORDER = (BEST, LINEAR, SEVERAL, GATED, ONE_VS_ALL, WEIGHTED, ADAM, LONGER, "prun
 Row = dict[str, Any]
 
 
-def distilled(task: Task) -> Callable[[str, int], Made]:
-    """For a kind and a budget the student of ``distill`` nearest on held-out images."""
-    start = time.process_time()
-    result = cvxdistill.distill(
-        task.model,
-        BLOCK.name,
-        task.training,
-        student="gated",
-        n_gates=GATES,
-        max_rows=None,
-        time_limit=SECONDS_AN_ALPHA,
-        verbose=0,
-    )
-    seconds = time.process_time() - start
-
-    def within(kind: str, budget: int) -> Made:
-        fits = [c for c in result.candidates if c.kind == kind and c.parameters <= budget]
-        if not fits:
-            raise ValueError(f"no {kind} student has {budget:,} numbers or fewer.")
-        best = min(fits, key=lambda c: c.error)
-        model = cvxdistill.swap_block(task.model, BLOCK.name, best.student)
-        about = f"{best.n_neurons} units, {best.n_gates} gates"
-        return Made(model, best.parameters, seconds, about, best.duality_gap)
-
-    return within
-
-
 class Few:
     """One seed's task of part 3b, and its students of any size."""
 
@@ -141,7 +112,7 @@ class Few:
         self.opponents = Opponents(self.task, BLOCK, self.measures)
         self.whole = block_numbers(self.task.model, BLOCK.name)
         self.sites = inside(self.task, [BLOCK.name])
-        self.within = distilled(self.task)
+        self.within = distilled(self.task, BLOCK.name, "outputs")
 
     def budget(self, m: int) -> int:
         """Numbers of the paper's student with m filters."""
