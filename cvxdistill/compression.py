@@ -54,7 +54,10 @@ def compress(
 
        each alone in the model, or the squared share of examples that it classifies otherwise
        (``criterion``). Between these E is in proportion to the activation error. Outputs of a block
-       are weighted by how the rest of the network uses them (``output_metrics``).
+       are weighted by how the rest of the network uses them (``output_metrics``). Where it reads no
+       more than s combinations of c outputs, s <= c/2, students write s of them, which carry them
+       all, and leave the others zero; where it reads only their mean over an image, that mean is
+       fitted. Both are tried on the network first: its output must stay the same.
     3. Allocation: the sites and sizes of the least sum of E within the budget, exactly, by dynamic
        programming over the layers in the order of their calls.
     4. Students: each site's in turn is fitted to the activations of the compressed network so far,
@@ -84,7 +87,7 @@ def compress(
         on them.
     sequential : bool, default=True
         Fit each student to what the compressed network before it gives; False: to what the original
-        gives.
+        gives, and then all students write all outputs.
     mask : "auto", None, str, callable or array, default="auto"
         Which tokens count, as for ``capture``.
     max_examples : int or None, default=50_000

@@ -31,7 +31,8 @@ class Choice:
     ----------
     block : str
     student : str
-        Its ranks: of the projection of its input channels, and of its map.
+        Its ranks: of the projection of its input channels, and of its map; and how many outputs it
+        writes, if not all.
     parameters_before, parameters : int
         Numbers of the block, and of the student.
     activation_error : float

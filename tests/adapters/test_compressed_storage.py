@@ -44,15 +44,17 @@ def compressed():
     rng = np.random.default_rng(0)
     spans = [find_span(net, name, x) for name in ("conv1:bn1", "conv2")]
     model = net
-    for span, channels, c, ranks in zip(spans, (3, 8), (8, 6), ((2, 5), (4, None)), strict=True):
+    shapes = zip(spans, (3, 8), (8, 6), ((2, 5), (4, None)), (None, [4, 0, 5]), strict=True)
+    for span, channels, c, (r1, r2), written in shapes:
         layout = infer_layout((channels, 6, 6), (c, 6, 6))
-        r1, r2 = ranks
+        s = c if written is None else len(written)
         student = build_linear_student(
             layout,
             rng.standard_normal((channels, r1)),
-            rng.standard_normal((r1 * 9, r2 or c)),
-            None if r2 is None else rng.standard_normal((r2, c)),
-            rng.standard_normal(c),
+            rng.standard_normal((r1 * 9, r2 or s)),
+            None if r2 is None else rng.standard_normal((r2, s)),
+            rng.standard_normal(s),
+            written=None if written is None else np.array(written),
         )
         model = swap_block(model, span, student)
     return net, model, spans, x

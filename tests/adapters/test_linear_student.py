@@ -14,6 +14,7 @@ from cvxdistill.adapters import (
     build_linear_student,
     input_channels,
     linear_student_size,
+    stored_orders,
 )
 
 LAYOUTS = {
@@ -25,9 +26,9 @@ LAYOUTS = {
 }
 
 
-def made(layout, input_rank, rank, seed=0):
+def made(layout, input_rank, rank, seed=0, outputs=None):
     rng = np.random.default_rng(seed)
-    C, c = input_channels(layout), layout.n_outputs
+    C, c = input_channels(layout), outputs or layout.n_outputs
     T = (layout.n_features - 1) // C
     P = None if input_rank is None else np.linalg.qr(rng.standard_normal((C, input_rank)))[0]
     W1 = rng.standard_normal(((input_rank or C) * T, rank or c))
@@ -69,6 +70,43 @@ def test_the_module_predicts_the_map(name, input_rank, rank, seed):
     )
     assert student.parameters_stored == linear_student_size(layout, input_rank, rank)
     assert student.parameters_stored == sum(t.numel() for t in student.state_dict().values())
+
+
+@settings(max_examples=60)
+@given(
+    name=st.sampled_from([*LAYOUTS]),
+    input_rank=st.one_of(st.none(), st.integers(1, 11)),
+    written=st.lists(st.integers(0, 9), min_size=1, max_size=10, unique=True),
+    rank=st.integers(1, 10),
+    seed=st.integers(0, 1000),
+)
+def test_outputs_that_are_not_written_are_zero(name, input_rank, written, rank, seed):
+    layout = LAYOUTS[name]
+    if input_channels(layout) == 1:
+        input_rank = None
+    s = len(written)
+    r2 = rank if rank < s else None
+    factors = made(layout, input_rank, r2, seed, s)
+    student = build_linear_student(layout, *factors, written=np.array(written), dtype=torch.float64)
+    inputs = np.random.default_rng(seed).standard_normal((4, *layout.input_shape))
+    with torch.no_grad():
+        outputs = student(torch.from_numpy(inputs)).numpy()
+    assert outputs.shape == (4, *layout.output_shape)
+    got, expected = layout.targets(outputs), predicted(layout, *factors, inputs)
+    np.testing.assert_allclose(got[:, written], expected, atol=1e-7 * np.abs(expected).max())
+    assert not np.delete(got, written, axis=1).any()
+    sizes = (layout, input_rank, r2, s)
+    assert student.parameters_stored == linear_student_size(*sizes)
+    assert student.parameters_stored - student.trainable == stored_orders(*sizes)
+
+
+@pytest.mark.parametrize("written", [[0, 0, 1], [-1, 2, 3], [1, 2, 10], []])
+def test_outputs_that_do_not_exist_are_refused(written):
+    layout = LAYOUTS["vector"]
+    with pytest.raises(ValueError, match="written must be different outputs from 0 to 9"):
+        build_linear_student(
+            layout, *made(layout, None, None, outputs=3), written=np.array(written, int)
+        )
 
 
 def test_what_the_factors_leave_free_is_not_stored():

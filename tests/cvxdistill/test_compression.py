@@ -654,3 +654,103 @@ def test_students_that_err_more_together_than_alone_are_thought_over():
     best = compress(model, data, blocks=["all", *maps], **options)
     assert [choice.block for choice in best.choices] == ["all"]
     assert best.error == whole.error
+
+
+class Classifier(nn.Module):
+    """Convolutions, an average over all positions, and a head of 3 classes for 24 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(8, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU()
+        )
+        self.fc = nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(self.stem(x)).mean(dim=(2, 3)))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier().eval()
+
+
+def the_student(result: cvxdistill.Compression) -> LinearStudent:
+    (student,) = (m for m in result.model.modules() if isinstance(m, LinearStudent))
+    return student
+
+
+def test_students_write_only_what_the_rest_reads(classifier):
+    data = images(600)
+    options: dict[str, Any] = {"blocks": ["body"], "max_parameters": 520}
+    result = compress(classifier, data, **options)
+    student = the_student(result)
+    assert student.written == 3 and "outputs 3" in result.choices[0].student
+    with torch.no_grad():
+        given = student(classifier.stem(data))
+    assert int((given.abs().amax(dim=(0, 2, 3)) > 0).sum()) == 3
+    # With all of its outputs it could be no larger than this within the budget, and errs more.
+    all_written = compress(classifier, data, sequential=False, **options)
+    assert the_student(all_written).written is None
+    assert result.error < 0.9 * all_written.error
+    new = images(300, seed=1)
+    wanted = outputs(classifier, new)
+    errors = [relative_error(outputs(r.model, new), wanted) for r in (result, all_written)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_where_positions_are_averaged_their_mean_is_fitted(classifier, monkeypatch):
+    data, new = images(2000), images(500, seed=1)
+    wanted = outputs(classifier, new)
+    found = {}
+    for enough in (2, 10**9):
+        monkeypatch.setattr("cvxdistill.site_students.POOLED_ROWS", enough)
+        result = compress(classifier, data, blocks=["body"], max_parameters=900)
+        found[enough] = relative_error(outputs(result.model, new), wanted)
+        assert result.choices[0].rows == (1800 if enough == 2 else 50 * 73)
+    # Least squares for the means, on all channels, by NumPy.
+    with torch.no_grad():
+        z = [classifier.stem(x) for x in (data, new)]
+    X, X_new = (nn.functional.unfold(part, 3, padding=1).mean(dim=2).double().numpy() for part in z)
+    Y = outputs(classifier, data)
+    ones = np.ones((len(X), 1))
+    W = np.linalg.lstsq(np.hstack([X, ones]), Y, rcond=None)[0]
+    oracle = relative_error(np.hstack([X_new, ones[: len(X_new)]]) @ W, wanted)
+    assert found[2] < 1.05 * oracle
+    assert found[2] < 0.9 * found[10**9]
+
+
+def test_an_output_that_something_else_reads_is_written(classifier):
+    class Tapped(nn.Module):
+        """Also returns what its body gives."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = copy.deepcopy(classifier)
+
+        def forward(self, x):
+            z = self.net.body(self.net.stem(x))
+            return self.net.fc(z.mean(dim=(2, 3))), z
+
+    result = compress(Tapped().eval(), images(600), blocks=["net.body"], max_parameters=2500)
+    assert the_student(result).written is None
+    with torch.no_grad():
+        given = the_student(result)(classifier.stem(images(20)))
+    assert float(given.std(dim=(2, 3)).min()) > 0
+
+
+def test_few_outputs_are_saved_exported_and_quantised(classifier, tmp_path):
+    data = images(600)
+    result = compress(classifier, data, blocks=["body"], max_parameters=520)
+    result.save(tmp_path / "small.safetensors")
+    loaded = cvxdistill.load_compressed(Classifier(), tmp_path / "small.safetensors")
+    np.testing.assert_array_equal(outputs(loaded, data), outputs(result.model, data))
+    pytest.importorskip("onnxruntime")
+    assert result.export_onnx(tmp_path / "small.onnx") < 1e-4
+    for dtype in ("float16", "int8"):
+        smaller = result.quantize(dtype)
+        error = relative_error(outputs(smaller.model, data), outputs(result.model, data))
+        assert error < 0.05
+        smaller.export_onnx(tmp_path / f"{dtype}.onnx")
