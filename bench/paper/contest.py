@@ -216,9 +216,11 @@ def compressed(task: Task, blocks: list[str], whole: int, budget: int) -> Made:
 
 def distilled(task: Task, block: str, match: str) -> Callable[[str, int], Made]:
     """Linear and gated students of ``distill``: of a kind, the best held-out one in a budget."""
-    rows = task.training[:2]
-    with cvxdistill.adapters.capture(task.model, block, rows, verbose=0) as captured:
-        layout = infer_layout(captured.inputs.shape[1:], captured.outputs.shape[1:])
+    n_gates = GATES
+    if match != "outputs":  # Sums over all gated features are kept.
+        data = record(task, block, task.training[:2])
+        layout = infer_layout(tuple(data.inputs.shape[1:]), tuple(data.outputs.shape[1:]))
+        n_gates = min(GATES, MOST_FEATURES // layout.n_features)
     start = time.process_time()
     result = cvxdistill.distill(
         task.model,
@@ -226,7 +228,7 @@ def distilled(task: Task, block: str, match: str) -> Callable[[str, int], Made]:
         task.training,
         student="gated",
         match=match,
-        n_gates=min(GATES, MOST_FEATURES // layout.n_features),
+        n_gates=n_gates,
         time_limit=SECONDS_AN_ALPHA,
         verbose=0,
     )
