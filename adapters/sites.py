@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ SMALLEST_SHARE = 2e-3
 SMALLEST_END = 2e-2
 # Features of a student that sees the whole image.
 MOST_FEATURES = 4096
+# Features of a student with wider kernels than its block's.
+MOST_WIDE = 3500
 # Features of a student that is tried unasked: the square of their number goes into its sums.
 MOST_TRIED = 3000
 
@@ -55,6 +57,24 @@ class Site:
     layout: DenseLayout | ConvLayout
     rows: int
     modules: tuple[nn.Module, ...] = field(repr=False)
+
+    @property
+    def key(self) -> tuple[str, DenseLayout | ConvLayout]:
+        """What no other site of a model has: there may be two of a name, of other layouts."""
+        return self.name, self.layout
+
+    def wider(self) -> Site | None:
+        """The same for students of 5 x 5 instead of 3 x 3, if convolutions in a row see so far."""
+        layout = self.layout
+        if not isinstance(layout, ConvLayout) or min(layout.input_shape[1:]) < 4:
+            return None
+        if (layout.kernel_size, layout.padding) != ((3, 3), (1, 1)):
+            return None
+        every = {id(m): m for module in self.modules for m in module.modules()}.values()
+        seeing = [m for m in every if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+        if len(seeing) < 2 or 25 * layout.input_shape[0] > MOST_WIDE:
+            return None
+        return replace(self, layout=replace(layout, kernel_size=(5, 5), padding=(2, 2)))
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,16 @@ def _curves(options: Sequence[Option]) -> dict[str, np.ndarray]:
     for option in options:
         site, size, error = option.student
         points.setdefault(site.name, []).append((size.parameters, math.sqrt(error)))
-    return {name: np.array(found) for name, found in points.items()}
+    return {name: _lowest(found) for name, found in points.items()}
+
+
+def _lowest(points: list[tuple[int, float]]) -> np.ndarray:
+    """By size, those that no smaller one beats."""
+    kept: list[tuple[int, float]] = []
+    for point in sorted(points):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return np.array(kept)
 
 
 def _best_within(

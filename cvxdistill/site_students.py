@@ -22,6 +22,7 @@ from cvxdistill.student_curves import (
     Size,
     Weighting,
     best_ridge,
+    described,
     linear_student,
     student_sizes,
 )
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # Rows that sums are made of, for each feature: for curves, and for the students that are deployed.
 CURVE_ROWS, FIT_ROWS = 10, 50
+# Rows, at least, for each feature of a student with wider kernels.
+WIDER_ROWS = 4
 # Where images count as means over their positions: examples, at least, for each feature.
 POOLED_ROWS = 2
 # Fitted examples that say how the network uses a block's outputs.
@@ -65,13 +68,16 @@ class SiteStudents:
         rng: np.random.Generator,
         verbose: int,
     ) -> None:
-        self.model, self.examples, self.layers, self.sites = model, examples, layers, sites
+        self.model, self.examples, self.layers, self.sites = model, examples, layers, [*sites]
         self.rng, self.verbose = rng, verbose
         n = len(examples)
         self.n_held_out = max(1, min(round(n * validation_fraction), MOST_HELD_OUT, n - 1))
         self.share = self.n_held_out / n
-        self._weightings: dict[str, Weighting] = {}
-        self._offsets: dict[str, np.ndarray] = {}
+        wider = (site.wider() for site in sites)
+        rows = n - self.n_held_out
+        self.sites += [w for w in wider if w and rows * w.rows >= WIDER_ROWS * w.layout.n_features]
+        self._weightings: dict[object, Weighting] = {}
+        self._offsets: dict[object, np.ndarray] = {}
         self.change = OutputChange(
             model, examples, self.share, self.n_held_out, criterion, self._keep_outputs
         )
@@ -135,7 +141,7 @@ class SiteStudents:
                     few = replace(few, pooled=weighting.pooled)
                     weighting = self._if_the_same(site, few, weighting)
             if weighting is not None:
-                self._weightings[site.name] = weighting
+                self._weightings[site.key] = weighting
 
     def _enough_to_pool(self, site: Site) -> bool:
         """Whether there are rows enough if each example gives one."""
@@ -188,8 +194,8 @@ class SiteStudents:
 
     def _student(self, site: Site, fit: LinearFit) -> LinearStudent:
         """Of a fit to the site's sums, which are of shifted inputs and weighted outputs."""
-        fit = fit.shifted(self._offsets[site.name])
-        return linear_student(fit, site.layout, self._weightings.get(site.name))
+        fit = fit.shifted(self._offsets[site.key])
+        return linear_student(fit, site.layout, self._weightings.get(site.key))
 
     def build(self, chosen: Sequence[Option], sequential: bool) -> tuple[nn.Module, list[Choice]]:
         """Fit the chosen students one after the other, and put each in its place."""
@@ -215,7 +221,7 @@ class SiteStudents:
             choices.append(
                 Choice(
                     block=site.name,
-                    student=str(size),
+                    student=described(site.layout, size),
                     parameters_before=sum(p.numel() for p in numbers.values()),
                     parameters=student.parameters_stored,
                     activation_error=math.sqrt(fit.error(held_out)),
@@ -247,7 +253,7 @@ class SiteStudents:
 
     def _examples_for(self, site: Site, rows_per_feature: int) -> int:
         """Examples that give so many rows for each feature of a site's student."""
-        weighting = self._weightings.get(site.name)
+        weighting = self._weightings.get(site.key)
         rows = 1 if weighting is not None and weighting.pooled else site.rows
         return math.ceil(rows_per_feature * site.layout.n_features / rows)
 
@@ -272,7 +278,7 @@ class SiteStudents:
             fitted = len(self.examples) - self.n_held_out
             count = min(need, fitted)
             low, high = self.share, self.share + (1 - self.share) * count / fitted
-        weightings = [self._weightings.get(site.name) for site in sites]
+        weightings = [self._weightings.get(site.key) for site in sites]
         outputs = [
             s.layout.n_outputs if w is None else w.root.shape[1]
             for s, w in zip(sites, weightings, strict=True)
@@ -311,6 +317,6 @@ class SiteStudents:
                         X, Y = token_rows(site.layout, input, output, keep, left, self.rng)
                     if weighting is not None:
                         Y = Y @ weighting.root.astype(Y.dtype)
-                    offset = self._offsets.setdefault(site.name, X.mean(axis=0))
+                    offset = self._offsets.setdefault(site.key, X.mean(axis=0))
                     total.update(X - offset, Y, np.ones((len(X), 1), dtype=bool))
         return sums

@@ -56,6 +56,12 @@ class Size:
         return ", ".join(f"{name} {value}" for name, value in names if value) or "full"
 
 
+def described(layout: ConvLayout | DenseLayout, size: Size) -> str:
+    """A student in a report: wide kernels are named."""
+    wide = getattr(layout, "kernel_size", (3, 3)) == (5, 5)
+    return f"5 x 5, {size}" if wide else str(size)
+
+
 def best_ridge(fitted: GatedStatistics, held_out: GatedStatistics, channels: int) -> ProjectedRidge:
     """The strength whose full student errs least on sums over held-out examples."""
     ridges = [ProjectedRidge(fitted, channels, strength) for strength in STRENGTHS]
