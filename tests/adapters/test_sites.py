@@ -390,3 +390,27 @@ class Constant(nn.Module):
 
     def forward(self, x):
         return x.new_ones(len(x), *self.shape)
+
+
+def test_a_site_is_offered_wider_kernels_where_its_convolutions_see_so_far():
+    sites = {site.name: site for site in find_sites(Functional(), SMALL).sites}
+    wider = sites["block1"].wider()
+    assert wider is not None and wider.key != sites["block1"].key
+    layout = wider.layout
+    assert isinstance(layout, ConvLayout)
+    assert (layout.kernel_size, layout.padding) == ((5, 5), (2, 2))
+    assert layout.output_shape == sites["block1"].layout.output_shape
+    assert (wider.name, wider.start, wider.stop) == (
+        sites["block1"].name, sites["block1"].start, sites["block1"].stop
+    )  # fmt: skip
+    # One convolution sees no further than its own kernel; a linear layer has none.
+    assert sites["stem"].wider() is None and sites["fc"].wider() is None
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "wider"), [(140, 8, True), (141, 8, False), (8, 3, False)]
+)
+def test_wider_kernels_have_limits(width, size, wider):
+    net = nn.Sequential(Residual(width), nn.Flatten(), nn.Linear(width * size * size, 2))
+    sites = find_sites(net, torch.randn(2, width, size, size), ["0"]).sites
+    assert (sites[0].wider() is not None) == wider

@@ -754,3 +754,33 @@ def test_few_outputs_are_saved_exported_and_quantised(classifier, tmp_path):
         error = relative_error(outputs(smaller.model, data), outputs(result.model, data))
         assert error < 0.05
         smaller.export_onnx(tmp_path / f"{dtype}.onnx")
+
+
+def test_wider_kernels_are_used_where_they_come_nearer(monkeypatch):
+    class Deep(nn.Module):
+        """Three convolutions in a row, hardly bent: a map of 7 x 7 patches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            convolutions = [nn.Conv2d(3 if k == 0 else 16, 16, 3, padding=1) for k in range(3)]
+            self.body = nn.Sequential(*(m for c in convolutions for m in (c, nn.LeakyReLU(0.9))))
+
+        def forward(self, x):
+            return self.body(x)
+
+    data, new, net = images(300), images(100, seed=1), Deep().eval()
+    options: dict[str, Any] = {"blocks": ["body"], "max_parameters": 1500}
+    wide = compress(net, data, **options)
+    assert wide.choices[0].student.startswith("5 x 5")
+    assert the_student(wide).layout.kernel_size == (5, 5)
+    assert list(wide.curves) == ["body"]
+    sizes, errors = wide.curves["body"].T
+    assert (np.diff(sizes) > 0).all() and (np.diff(errors) < 0).all()
+    # Fewer rows than features of these kernels allow for: as if there were none.
+    monkeypatch.setattr("cvxdistill.site_students.WIDER_ROWS", 10**9)
+    narrow = compress(net, data, **options)
+    assert the_student(narrow).layout.kernel_size == (3, 3)
+    wanted = outputs(net, new)
+    errors = [relative_error(outputs(r.model, new), wanted) for r in (wide, narrow)]
+    assert errors[0] < 0.9 * errors[1]
