@@ -48,7 +48,8 @@ def compress(
 
     1. Sites: layers, blocks and spans that a student could stand in for (``find_sites``).
     2. Curves: for each site the family of linear students of all ranks, from one set of sums over
-       its activations (of convolutions in a row also with 5 x 5 kernels), and what some of them change in the model's output on held-out examples,
+       its activations (of convolutions in a row also with 5 x 5 kernels), and what some of them
+       change in the model's output on held-out examples,
 
            E = ||F' - F||_F^2 / ||F - mean F||_F^2,
 
