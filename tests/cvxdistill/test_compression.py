@@ -705,6 +705,7 @@ def test_where_positions_are_averaged_their_mean_is_fitted(classifier, monkeypat
     data, new = images(2000), images(500, seed=1)
     wanted = outputs(classifier, new)
     found = {}
+    monkeypatch.setattr("cvxdistill.site_students.WIDER_ROWS", 10**9)
     for enough in (2, 10**9):
         monkeypatch.setattr("cvxdistill.site_students.POOLED_ROWS", enough)
         result = compress(classifier, data, blocks=["body"], max_parameters=900)
