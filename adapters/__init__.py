@@ -37,13 +37,7 @@ from cvxdistill.adapters.storage import (
     save_online_state,
     save_student,
 )
-from cvxdistill.adapters.streaming import (
-    BlockTaps,
-    Examples,
-    model_output,
-    pooled_rows,
-    token_rows,
-)
+from cvxdistill.adapters.streaming import BlockTaps, Examples, model_output, token_rows
 from cvxdistill.adapters.student import GatedStudent, build_student, table1_parameters
 from cvxdistill.adapters.student_neurons import (
     StudentNeurons,
@@ -93,7 +87,6 @@ __all__ = [
     "measure_onnx_latency",
     "model_output",
     "output_metrics",
-    "pooled_rows",
     "quantize_student",
     "save_compressed",
     "save_online_state",

@@ -78,8 +78,8 @@ class LinearStudent(nn.Module):
         if rank is not None:
             wanted = c - rank if self.expands_others else c
             self.expand = position_layer(layout, rank, bias=True, dtype=dtype, outputs=wanted)
-        self.moves_outputs = self.expands_others or written is not None
-        if self.moves_outputs:
+        if self.expands_others or written is not None:
+            # Where the outputs come from if all are written, where they go if few are.
             self.register_buffer("output_order", torch.arange(c, dtype=torch.int32))
 
     @property
@@ -119,10 +119,12 @@ class LinearStudent(nn.Module):
         if self.expand is not None:
             others = self.expand(out)
             out = torch.cat([out, others], axis) if self.expands_others else others
-        if self.moves_outputs:
+        if self.written is not None:
             shape = [*out.shape]
             shape[axis] = self.layout.n_outputs
             out = out.new_zeros(shape).index_copy(axis, self.output_order.long(), out)
+        elif self.expands_others:
+            out = torch.index_select(out, axis, self.output_order)
         if flat:
             out = out.reshape(out.shape[0], *self.layout.output_shape)
         return out.to(given.dtype) if given.is_floating_point() else out
@@ -152,15 +154,14 @@ def linear_student_size(
 ) -> int:
     """Numbers that a ``LinearStudent`` of these ranks and written outputs stores."""
     d, c, C = layout.n_features - 1, written or layout.n_outputs, input_channels(layout)
-    size = c
+    size = c + stored_orders(layout, input_rank, rank, written)
     if input_rank is not None:
         d = d // C * input_rank
-        size += _factor_size(input_rank, C)
+        size += input_rank * (C - input_rank if _saves(input_rank, C) else C)
     if rank is None:
-        return size + d * c + (written or 0)
-    if written is None:
-        return size + d * rank + _factor_size(rank, c)
-    return size + d * rank + rank * (c - rank) + c
+        return size + d * c
+    others = c - rank if written is not None or _saves(rank, c) else c
+    return size + d * rank + rank * others
 
 
 def stored_orders(
@@ -180,10 +181,6 @@ def stored_orders(
 def _saves(rank: int, of: int) -> bool:
     """Whether handing ``rank`` of these on as they are saves more than it takes to say which."""
     return rank * rank > of and rank < of
-
-
-def _factor_size(rank: int, of: int) -> int:
-    return rank * (of - rank) + of if _saves(rank, of) else rank * of
 
 
 def build_linear_student(
@@ -270,7 +267,8 @@ def build_linear_student(
             set_weights(student.expand, W2, b)
     else:
         set_weights(student.core, W1, b)
-    if student.moves_outputs:
-        moved = order if written is None else written[order]
-        student.output_order.copy_(torch.from_numpy(moved))
+    if written is not None:
+        student.output_order.copy_(torch.from_numpy(written[order]))
+    elif student.expands_others:
+        student.output_order.copy_(torch.from_numpy(np.argsort(order)))
     return student.eval()

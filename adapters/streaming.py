@@ -27,9 +27,6 @@ from cvxdistill.adapters.spans import Span
 from cvxdistill.adapters.token_mask import TokenMask
 from cvxdistill.solvers.random_order import random_order
 
-# Rows of images that are averaged at a time.
-POOLED_AT_ONCE = 4096
-
 
 class Examples:
     """Batches that can be gone through many times, each example with its own random number.
@@ -234,31 +231,6 @@ def token_rows(
         chosen = np.sort(rng.choice(n, most, replace=False))
         return rows.take(chosen)[:, :-1], layout.targets(outputs, chosen)
     return rows[:][:, :-1], layout.targets(outputs)
-
-
-def pooled_rows(
-    layout: ConvLayout | DenseLayout, input: Tensor, output: Tensor, most: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows X (n, d - 1) and Y (n, c) of ``layout``, averaged over the positions of each image.
-
-    Parameters
-    ----------
-    layout : ConvLayout or DenseLayout
-    input, output : Tensor
-        Images (N, *input_shape) and (N, *output_shape).
-    most : int
-        At most so many of them, the first.
-    """
-    inputs = input[:most].numpy()
-    n, positions = len(inputs), layout.n_positions
-    rows = layout.rows(inputs)
-    X = np.empty((n, layout.n_features - 1), inputs.dtype)
-    step = max(1, POOLED_AT_ONCE // positions)
-    for start in range(0, n, step):
-        stop = min(n, start + step)
-        x = rows[start * positions : stop * positions][:, :-1]
-        X[start:stop] = x.reshape(stop - start, positions, -1).mean(axis=1)
-    return X, output[:most].mean(dim=(2, 3)).numpy()
 
 
 def _alike(one: Batch, other: Batch) -> bool:

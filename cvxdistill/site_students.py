@@ -18,6 +18,7 @@ from cvxdistill.model_size import ModelSize
 from cvxdistill.output_change import OutputChange
 from cvxdistill.solvers import GatedStatistics, LinearFit, ProjectedRidge
 from cvxdistill.solvers.threads import one_blas_thread
+from cvxdistill.streamed_block import pooled_features
 from cvxdistill.student_curves import (
     Size,
     Weighting,
@@ -127,9 +128,12 @@ class SiteStudents:
 
         end = min(1.0, self.share + METRIC_EXAMPLES / len(self.examples))
         batches = (batch for batch, _ in self.examples.between(self.share, end))
-        spans = [site.span for site in self.sites]
-        metrics = output_metrics(self.model, spans, batches, self.rng)
-        for site, metric in zip(self.sites, metrics, strict=True):
+        # Sites with other kernels are of the same span.
+        spans = {site.name: site.span for site in self.sites}
+        found = output_metrics(self.model, [*spans.values()], batches, self.rng)
+        metrics = dict(zip(spans, found, strict=True))
+        for site in self.sites:
+            metric = metrics[site.name]
             if metric is None or len(metric.matrix) != site.layout.n_outputs:
                 continue
             weighting = Weighting.of(metric.matrix)
@@ -271,7 +275,7 @@ class SiteStudents:
         site ever receives is subtracted from its inputs, always the same: features far from zero
         would lose their digits.
         """
-        from cvxdistill.adapters import BlockTaps, pooled_rows, token_rows
+        from cvxdistill.adapters import BlockTaps, token_rows
 
         low, high, count = 0.0, self.share, self.n_held_out
         if need is not None:
@@ -311,7 +315,7 @@ class SiteStudents:
                 wanted = math.ceil(rows_per_feature * site.layout.n_features * done / count)
                 if wanted > total.n:
                     if weighting is not None and weighting.pooled:
-                        X, Y = pooled_rows(site.layout, input, output, wanted - total.n)
+                        X, Y = _pooled_rows(site, input, output, wanted - total.n)
                     else:
                         left = wanted - total.n
                         X, Y = token_rows(site.layout, input, output, keep, left, self.rng)
@@ -320,3 +324,14 @@ class SiteStudents:
                     offset = self._offsets.setdefault(site.key, X.mean(axis=0))
                     total.update(X - offset, Y, np.ones((len(X), 1), dtype=bool))
         return sums
+
+
+def _pooled_rows(
+    site: Site, input: Tensor, output: Tensor, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows X (n, d - 1) and Y (n, c), averaged over the positions of the first images (N, ...)."""
+    inputs = input[:most].numpy()
+    always_on = np.zeros((site.layout.n_features, 1), inputs.dtype)
+    features = pooled_features(site.layout, inputs, always_on)
+    X = np.concatenate([part[:, 0, :-1] for part in features])
+    return X, output[:most].mean(dim=(2, 3)).numpy()

@@ -158,7 +158,7 @@ class ProjectedRidge:
             raise ValueError(f"alpha must be positive and finite, got {alpha!r}.")
         self.moments = _Moments.of(statistics)
         self.channels, self.places = channels, statistics.d // channels
-        self.outputs = len(statistics.target_sums)
+        self.outputs = statistics.c
         d = statistics.d
         # Moments of one type of numbers about zero know those about the mean only so well.
         square = float(np.trace(statistics.gram)) / statistics.n / d

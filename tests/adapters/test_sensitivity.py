@@ -40,7 +40,7 @@ def test_the_metric_is_the_mean_of_the_squared_jacobian():
     data = batches()
     found = metric(net, "body", data)
     # Of the logits by the outputs of ``body``, by autograd, on the first examples.
-    total, examples = np.zeros((8, 8)), torch.cat(data[:2])
+    examples = torch.cat(data[:2])
     with torch.no_grad():
         z = net.body(torch.relu(net.stem(examples)))
     jacobian = torch.autograd.functional.jacobian(
