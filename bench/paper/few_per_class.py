@@ -7,9 +7,7 @@ tenth of the images is held out.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,14 +115,3 @@ def as_settings(kept: dict[str, Any]) -> AdamSettings:
     """From a row's ``learning_rate`` and ``weighted``."""
     (first,), (second,) = BLOCK.first, BLOCK.second
     return AdamSettings(kept["learning_rate"], BATCH, first, second, bool(kept["weighted"]))
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """What an interrupted run has done."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Keep what is done, all of it or nothing of it."""
-    with file.open("a") as stream:
-        stream.write("".join(json.dumps(row) + "\n" for row in rows))

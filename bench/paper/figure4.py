@@ -30,7 +30,6 @@ students for 10 T.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ from contest import (
 )
 from machine import describe_machine
 from teachers import Teacher, load_teacher
+from unfinished import append_rows, read_rows
 
 import cvxdistill
 from cvxdistill.adapters import table1_parameters
@@ -265,7 +265,7 @@ def main(network: str, filters: tuple[int, ...], quick: bool) -> None:
     contests: list[Contest] = []
     both: Both | None = None
     for m in wanted:
-        if m in {row["filters"] for row in _lines(unfinished)}:
+        if m in {row["filters"] for row in read_rows(unfinished)}:
             continue
         if not contests:  # Recorded only where there is something left to do.
             contests = [Contest(teacher, b, images, test_images) for b in NETWORKS[network]]
@@ -279,9 +279,8 @@ def main(network: str, filters: tuple[int, ...], quick: bool) -> None:
                 f"{row['settings']}",
                 flush=True,
             )
-        with unfinished.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-    rows = _lines(unfinished)
+        append_rows(unfinished, rows)
+    rows = read_rows(unfinished)
     table = pd.DataFrame(rows).sort_values("filters", kind="stable")
     order = [block.name for block in NETWORKS[network]] + ["both"]
     table["block"] = pd.Categorical(table["block"], order, ordered=True)
@@ -294,11 +293,6 @@ def main(network: str, filters: tuple[int, ...], quick: bool) -> None:
         print(f"wrote {output}.csv and .png")
     print(f"Teacher: {table['teacher_accuracy'].iloc[0]:.4f}")
     print(verdicts(table).to_string(index=False, float_format="%.4f"))
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of the sizes that are done."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ on those images. Gaps are certified and relative, that of the augmented Lagrangi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -51,6 +50,7 @@ from few_images import first_layer
 from machine import describe_machine
 from teachers import load_teacher
 from torch import nn
+from unfinished import append_rows, read_rows
 
 from cvxdistill.solvers import (
     RFISTA,
@@ -523,9 +523,7 @@ def main(seeds: int, quick: bool) -> None:
     for folder in (output.parent, cpu_clock.CACHE):
         folder.mkdir(parents=True, exist_ok=True)
     unfinished = cpu_clock.CACHE / ("figure5_quick.jsonl" if quick else "figure5.jsonl")
-    rows = []
-    if unfinished.exists():
-        rows = [json.loads(line) for line in unfinished.read_text().splitlines()]
+    rows = read_rows(unfinished)
     train, test = record_network("train"), record_network("test")
     network = float(np.mean((test.answers > 0) != test.cat))
     block = nn.Sequential(load_teacher("resnet18").model.layer4)
@@ -541,8 +539,7 @@ def main(seeds: int, quick: bool) -> None:
         with clock:
             new = list(compare(draw_task(train, test, own, images, seed), seed, **options))
         rows += new
-        with unfinished.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in new))
+        append_rows(unfinished, new)
         ends = {row["method"]: row for row in new if row["last"]}
         print(f"seed {seed} ({clock.seconds:.0f} s):")
         for method in METHODS:

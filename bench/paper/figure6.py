@@ -61,15 +61,14 @@ from few_per_class import (
     CLASSES,
     Drawing,
     all_images,
-    append_rows,
     as_settings,
-    read_rows,
     relu_by_adam,
     tuned,
 )
 from figure4 import FILTERS
 from machine import describe_machine
 from one_vs_all import STRENGTHS, Point, path
+from unfinished import append_rows, read_rows
 
 import cvxdistill
 from cvxdistill.adapters import table1_parameters

@@ -39,15 +39,14 @@ from cpu_clock import CpuClock
 from few_per_class import (
     BLOCK,
     Drawing,
-    append_rows,
     as_settings,
-    read_rows,
     relu_by_adam,
     tuned,
 )
 from figure6 import ONE_VS_ALL, WEIGHTED, Row, bands, measured, placed, verdicts
 from machine import describe_machine
 from one_vs_all import STRENGTHS, Point, layout_of, path
+from unfinished import append_rows, read_rows
 
 import cvxdistill
 from cvxdistill.adapters import GatedStudent, build_student

@@ -30,7 +30,6 @@ that were tried. On the frozen back-bone they start at its activations.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -48,6 +47,7 @@ from datasets import load_cifar10, normalise
 from machine import describe_machine
 from teachers import load_teacher
 from torch import Tensor, nn
+from unfinished import append_rows, read_rows
 
 from cvxdistill.solvers import (
     RFISTA,
@@ -403,9 +403,7 @@ def main(seeds: int, quick: bool) -> None:
     for folder in (output.parent, cpu_clock.CACHE):
         folder.mkdir(parents=True, exist_ok=True)
     unfinished = cpu_clock.CACHE / ("table2_quick.jsonl" if quick else "table2.jsonl")
-    rows = []
-    if unfinished.exists():
-        rows = [json.loads(line) for line in unfinished.read_text().splitlines()]
+    rows = read_rows(unfinished)
     done = {row["seed"] for row in rows}
     backbone = load_backbone()
     logits = outputs(load_teacher("resnet18").model, test_images.images)
@@ -422,8 +420,7 @@ def main(seeds: int, quick: bool) -> None:
                 flush=True,
             )
         rows += new
-        with unfinished.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in new))
+        append_rows(unfinished, new)
     table = pd.DataFrame([row for row in rows if row["seed"] < seeds])
     table = table.sort_values("seed", kind="stable").assign(network_accuracy=network)
     table.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
