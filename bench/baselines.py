@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cvxdistill.adapters import LinearStudent, build_linear_student, linear_student_size
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
-from cvxdistill.solvers import GatedStatistics, ProjectedRidge
+from cvxdistill.solvers import CentredMoments, GatedStatistics, ProjectedRidge
 
 # Of a ridge, relative to the mean variance of a feature.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -344,13 +344,14 @@ class Ridges:
         self, fitted: Activations, held_out: Activations, layout: ConvLayout | DenseLayout
     ) -> None:
         self.layout = layout
-        sums = []
+        moments = []
         for data in (fitted, held_out):
             X = layout.rows(data.inputs.numpy())[:][:, :-1]
             Y = layout.targets(data.outputs.numpy())
-            sums.append(GatedStatistics.from_data(X, Y, np.ones((len(X), 1), dtype=bool)))
-        self.held_out = sums[1]
-        self.ridges = [ProjectedRidge(sums[0], 1, strength) for strength in STRENGTHS]
+            sums = GatedStatistics.from_data(X, Y, np.ones((len(X), 1), dtype=bool))
+            moments.append(CentredMoments.of(sums))
+        self.held_out = moments[1]
+        self.ridges = [ProjectedRidge(moments[0], 1, strength) for strength in STRENGTHS]
 
     def student(self, budget: int) -> LinearStudent:
         """Of the largest rank that fits, and the strength that is best on held-out examples.

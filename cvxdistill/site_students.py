@@ -16,7 +16,7 @@ from cvxdistill.allocation import Option
 from cvxdistill.compression_report import Choice
 from cvxdistill.model_size import ModelSize
 from cvxdistill.output_change import OutputChange
-from cvxdistill.solvers import GatedStatistics, LinearFit, ProjectedRidge
+from cvxdistill.solvers import CentredMoments, GatedStatistics, LinearFit, ProjectedRidge
 from cvxdistill.solvers.threads import one_blas_thread
 from cvxdistill.streamed_block import pooled_features
 from cvxdistill.student_curves import (
@@ -104,7 +104,7 @@ class SiteStudents:
             numbers = sum(p.numel() for p in {id(p): p for p in here}.values())
             # Torch's own threads, those of NumPy's BLAS and of SciPy's would wait for each other.
             with one_blas_thread():
-                ridge = self._ridge(site, sums.pop(k), held_out.pop(k))
+                ridge = self._ridge(site, sums.pop(k), CentredMoments.of(held_out.pop(k)))
                 sizes = student_sizes(ridge, site.layout, numbers)
             if not sizes:
                 continue
@@ -160,12 +160,10 @@ class SiteStudents:
         change = change_when_rewritten(self.model, site.span, tried.rewritten, batches)
         return tried if change <= UNCHANGED else otherwise
 
-    def _ridge(
-        self, site: Site, sums: GatedStatistics, held_out: GatedStatistics
-    ) -> ProjectedRidge:
+    def _ridge(self, site: Site, sums: GatedStatistics, held_out: CentredMoments) -> ProjectedRidge:
         from cvxdistill.adapters import input_channels
 
-        return best_ridge(sums, held_out, input_channels(site.layout))
+        return best_ridge(CentredMoments.of(sums), held_out, input_channels(site.layout))
 
     def _changes(
         self, site: Site, ridge: ProjectedRidge, sizes: list[tuple[Size, float]]
@@ -215,8 +213,9 @@ class SiteStudents:
             source = compressed if sequential else self.model
             need = self._examples_for(site, FIT_ROWS)
             (sums,) = self._sums(source, [site], need, FIT_ROWS, "")
-            (held_out,) = self._sums(source, [site], None, CURVE_ROWS, "")
+            (others,) = self._sums(source, [site], None, CURVE_ROWS, "")
             with one_blas_thread():
+                held_out = CentredMoments.of(others)
                 ridge = self._ridge(site, sums, held_out)
                 fit = ridge.refined(size.input_rank, size.rank)
             student = self._student(site, fit)

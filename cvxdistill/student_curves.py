@@ -7,13 +7,14 @@ beats are kept.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import qr
 
-from cvxdistill.solvers import GatedStatistics, LinearFit, ProjectedRidge
+from cvxdistill.solvers import CentredMoments, LinearFit, ProjectedRidge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,10 +63,20 @@ def described(layout: ConvLayout | DenseLayout, size: Size) -> str:
     return f"5 x 5, {size}" if wide else str(size)
 
 
-def best_ridge(fitted: GatedStatistics, held_out: GatedStatistics, channels: int) -> ProjectedRidge:
-    """The strength whose full student errs least on sums over held-out examples."""
-    ridges = [ProjectedRidge(fitted, channels, strength) for strength in STRENGTHS]
-    return min(ridges, key=lambda ridge: ridge.fit(None, None).error(held_out))
+def best_ridge(fitted: CentredMoments, held_out: CentredMoments, channels: int) -> ProjectedRidge:
+    """The strength whose full student errs least on held-out examples.
+
+    From the smallest on; the first that errs more than the one before ends the search.
+    """
+    best, least = None, math.inf
+    for strength in STRENGTHS:
+        ridge = ProjectedRidge(fitted, channels, strength)
+        error = held_out.error(ridge.W, ridge.intercept)
+        if best is not None and error >= least:
+            break
+        best, least = ridge, error
+    assert best is not None
+    return best
 
 
 def student_sizes(

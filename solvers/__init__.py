@@ -3,6 +3,7 @@
 from cvxdistill.solvers.admm import ADMM
 from cvxdistill.solvers.arrangements import enumerate_gates, pattern_count
 from cvxdistill.solvers.augmented_lagrangian import AugmentedLagrangian
+from cvxdistill.solvers.centred_moments import CentredMoments
 from cvxdistill.solvers.certificate import DualCertificate, duality_gap
 from cvxdistill.solvers.cone_decomposition import ConeDecomposition, decompose
 from cvxdistill.solvers.cones import (
@@ -58,6 +59,7 @@ __all__ = [
     "RFISTA",
     "AugmentedLagrangian",
     "BlockCoordinateDescent",
+    "CentredMoments",
     "ConeDecomposition",
     "DualCertificate",
     "GateGeneration",

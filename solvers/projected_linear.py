@@ -1,4 +1,4 @@
-"""Linear students of images that see few directions of the input channels, from sums alone.
+"""Linear students of images that see few directions of the input channels, from moments.
 
 One gate that is always on: the programme is ridge regression on patches of C channels at T places,
 
@@ -23,11 +23,12 @@ Izenman 1975 (reduced-rank regression); De Lathauwer, De Moor and Vandewalle 200
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 
-from cvxdistill.solvers.gated_statistics import GatedStatistics
+from cvxdistill.solvers.centred_moments import CentredMoments
 
 # The channels' covariance is raised by this share of its mean variance: dead channels have none.
 FLOOR = 1e-6
@@ -67,67 +68,41 @@ class LinearFit:
         """The same map of features to which ``offset``, (C T,), is added."""
         return replace(self, intercept=self.intercept - offset @ self.weights)
 
-    def error(self, statistics: GatedStatistics) -> float:
-        """||Y' - Y||_F^2 / ||Y - mean Y||_F^2 on the examples of some sums."""
-        moments = _Moments.of(statistics)
-        W = self.weights
-        offset = moments.y_mean - moments.x_mean @ W - self.intercept
-        wrong = moments.unexplained(W) + float(offset @ offset)
-        return wrong / moments.variance if moments.variance > 0 else float(wrong > 0)
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Centred second moments of features and targets, and their means, for one gate."""
-
-    xx: np.ndarray
-    xy: np.ndarray
-    x_mean: np.ndarray
-    y_mean: np.ndarray
-    variance: float
-
-    @classmethod
-    def of(cls, statistics: GatedStatistics) -> _Moments:
-        n = statistics.n
-        x_mean, y_mean = statistics.feature_sums[0] / n, statistics.target_sums / n
-        variance = statistics.target_squares / n - y_mean**2
-        return cls(
-            statistics.gram / n - np.outer(x_mean, x_mean),
-            statistics.cross[0] / n - np.outer(x_mean, y_mean),
-            x_mean,
-            y_mean,
-            float(np.maximum(variance, 0).sum()),
-        )
-
-    def projected(self, P: np.ndarray) -> _Moments:
-        """Of the features (P x I)^T x."""
-        xx = _project(P, _project(P, self.xx).T)
-        x_mean = _project(P, self.x_mean[:, None])[:, 0]
-        return _Moments(xx, _project(P, self.xy), x_mean, self.y_mean, self.variance)
-
-    def unexplained(self, W: np.ndarray) -> float:
-        """Mean squared error of centred targets."""
-        inner = float(np.sum(W * (self.xx @ W - 2 * self.xy)))
-        return max(self.variance + inner, 0.0)
+    def error(self, moments: CentredMoments) -> float:
+        """||Y' - Y||_F^2 / ||Y - mean Y||_F^2 on the examples of some moments."""
+        return moments.error(self.weights, self.intercept)
 
 
 @dataclass(frozen=True)
 class _Projected:
-    """Ridge regression W behind P (None: none), with q (c, c) of its fitted outputs, best first."""
+    """Ridge regression W behind P (None: none), and what its fitted outputs are like.
+
+    Attributes
+    ----------
+    P : ndarray of shape (C, r1), or None
+    x_mean : ndarray of shape (r1 T,)
+    W : ndarray of shape (r1 T, c)
+    squares, products : ndarray of shape (c, c)
+        W^T xx W and W^T xy.
+    q : ndarray of shape (c, c)
+        Eigenvectors of ``squares``, those of the largest eigenvalues first.
+    """
 
     P: np.ndarray | None
-    moments: _Moments
+    x_mean: np.ndarray
     W: np.ndarray
+    squares: np.ndarray
+    products: np.ndarray
     q: np.ndarray
 
 
 class ProjectedRidge:
-    """All linear students of one block that ``fit`` gives, from one set of sums.
+    """All linear students of one block that ``fit`` gives, from one set of moments.
 
     Parameters
     ----------
-    statistics : GatedStatistics
-        Of one gate that is always on, features ordered (channel, place), without a constant one.
+    moments : CentredMoments
+        Of features ordered (channel, place), without a constant one.
     channels : int
         C, which divides the number of features.
     alpha : float
@@ -135,54 +110,65 @@ class ProjectedRidge:
 
     Attributes
     ----------
+    W : ndarray of shape (C T, c)
+        Of the ridge regression on all channels, with its ``intercept`` (c,).
     relative_gap : float
-        Relative duality gap of the ridge regression on all channels.
+        Its relative duality gap.
 
     Raises
     ------
     ValueError
-        If there is another number of gates, no examples, C does not divide the number of features,
-        or alpha is not positive and finite.
+        If C does not divide the number of features, or alpha is not positive and finite.
     """
 
-    def __init__(self, statistics: GatedStatistics, channels: int, alpha: float):
-        if statistics.p != 1:
-            raise ValueError(f"statistics must have one gate, got {statistics.p}.")
-        if statistics.n == 0:
-            raise ValueError("statistics has no examples yet.")
-        if channels < 1 or statistics.d % channels:
+    def __init__(self, moments: CentredMoments, channels: int, alpha: float):
+        d = len(moments.xx)
+        if channels < 1 or d % channels:
             raise ValueError(
-                f"channels must divide the {statistics.d} features of statistics, got {channels}."
+                f"channels must divide the {d} features of the moments, got {channels}."
             )
         if not (alpha > 0 and np.isfinite(alpha)):
             raise ValueError(f"alpha must be positive and finite, got {alpha!r}.")
-        self.moments = _Moments.of(statistics)
-        self.channels, self.places = channels, statistics.d // channels
-        self.outputs = statistics.c
-        d = statistics.d
-        # Moments of one type of numbers about zero know those about the mean only so well.
-        square = float(np.trace(statistics.gram)) / statistics.n / d
-        self.noise = 4 * float(np.finfo(statistics.dtype).eps) * d**0.5 * square
-        self.alpha = max(alpha * float(np.trace(self.moments.xx)) / d, self.noise) or 1.0
+        self.channels, self.places = channels, d // channels
+        self.outputs = moments.xy.shape[1]
+        self.alpha = max(alpha * float(np.trace(moments.xx)) / d, moments.noise) or 1.0
         try:
-            self.W = _ridge(self.moments.xx, self.moments.xy, self.alpha)
+            self.W = _ridge(moments.xx, moments.xy, self.alpha)
         except LinAlgError:
-            self.moments = replace(self.moments, xx=_positive(self.moments.xx))
-            self.W = _ridge(self.moments.xx, self.moments.xy, self.alpha)
-        # For a ridge the gap at the dual point r is that of its gradient.
-        gradient = self.moments.xx @ self.W - self.moments.xy + self.alpha * self.W
-        value = self.moments.unexplained(self.W) / 2 + self.alpha / 2 * float(np.sum(self.W**2))
-        gap = float(np.sum(gradient**2)) / (2 * self.alpha)
-        self.relative_gap = gap / value if value > 0 else gap
+            moments = replace(moments, xx=_positive(moments.xx))
+            self.W = _ridge(moments.xx, moments.xy, self.alpha)
+        self.moments = moments
         self._fitted: dict[int, _Projected] = {}
         self._directions: np.ndarray | None = None
+
+    @property
+    def intercept(self) -> np.ndarray:
+        """Of the map ``W``, (c,)."""
+        return self.moments.y_mean - self.moments.x_mean @ self.W
+
+    @cached_property
+    def _xx_times_w(self) -> np.ndarray:
+        return self.moments.xx @ self.W
+
+    @property
+    def relative_gap(self) -> float:
+        """Of a ridge at the dual point r: that of its gradient."""
+        moments, W, alpha = self.moments, self.W, self.alpha
+        square = float(np.sum(W**2))
+        value = max(
+            (moments.variance + float(np.vdot(W, self._xx_times_w - 2 * moments.xy))) / 2
+            + alpha / 2 * square,
+            0.0,
+        )
+        gap = float(np.sum((self._xx_times_w - moments.xy + alpha * W) ** 2)) / (2 * alpha)
+        return gap / value if value > 0 else gap
 
     def projection(self, rank: int) -> np.ndarray:
         """P (C, r1), orthonormal columns."""
         if self._directions is None:
             C, T = self.channels, self.places
             covariance = np.einsum("ctet->ce", self.moments.xx.reshape(C, T, C, T)) / T
-            floor = max(FLOOR * np.trace(covariance) / C, self.noise) or 1.0
+            floor = max(FLOOR * np.trace(covariance) / C, self.moments.noise) or 1.0
             # Rounding may have left directions without any variance a negative one.
             values, vectors = eigh(covariance)
             root = np.sqrt(np.maximum(values, 0) + floor)
@@ -206,19 +192,25 @@ class ProjectedRidge:
 
     def _behind(self, P: np.ndarray | None) -> _Projected:
         """The ridge regression behind a projection, and the directions of its fitted outputs."""
-        moments, W = self.moments, self.W
-        if P is not None:
-            moments = moments.projected(P)
-            W = _ridge(moments.xx, moments.xy, self.alpha)
-        q = eigh(W.T @ (moments.xx @ W))[1]
-        return _Projected(P, moments, W, np.ascontiguousarray(q[:, ::-1]))
+        moments = self.moments
+        if P is None:
+            W, xxW, xy, x_mean = self.W, self._xx_times_w, moments.xy, moments.x_mean
+        else:
+            # Moments of the features (P x I)^T x.
+            xx, xy = _project(P, _project(P, moments.xx).T), _project(P, moments.xy)
+            x_mean = _project(P, moments.x_mean[:, None])[:, 0]
+            W = _ridge(xx, xy, self.alpha)
+            xxW = xx @ W
+        squares = W.T @ xxW
+        q = np.ascontiguousarray(eigh(squares)[1][:, ::-1])
+        return _Projected(P, x_mean, W, squares, W.T @ xy, q)
 
     def _truncated(self, projected: _Projected, rank: int | None) -> LinearFit:
         """The best approximation of this rank."""
         W, q, W2 = projected.W, projected.q, None
         if rank is not None and rank < q.shape[1]:
             W, W2 = W @ q[:, :rank], q[:, :rank].T
-        seen = projected.moments.x_mean @ W
+        seen = projected.x_mean @ W
         intercept = self.moments.y_mean - (seen if W2 is None else seen @ W2)
         return LinearFit(projected.P, W, W2, intercept, self.alpha)
 
@@ -258,12 +250,12 @@ class ProjectedRidge:
     def errors(self, input_rank: int | None) -> np.ndarray:
         """Relative squared error on the sums' own examples, for each r2 = 0, ..., c, (c + 1,)."""
         projected = self._projected(input_rank)
-        moments = projected.moments
         # Along each direction q_k of the outputs: what W q_k leaves of Y q_k.
-        Wq, xyq = projected.W @ projected.q, moments.xy @ projected.q
-        gains = 2 * np.sum(Wq * xyq, axis=0) - np.sum(Wq * (moments.xx @ Wq), axis=0)
-        left = moments.variance - np.concatenate([[0.0], np.cumsum(gains)])
-        return np.maximum(left, 0) / (moments.variance or 1.0)
+        inner = 2 * projected.products - projected.squares
+        gains = np.sum(projected.q * (inner @ projected.q), axis=0)
+        variance = self.moments.variance
+        left = variance - np.concatenate([[0.0], np.cumsum(gains)])
+        return np.maximum(left, 0) / (variance or 1.0)
 
 
 def _ridge(xx: np.ndarray, xy: np.ndarray, alpha: float) -> np.ndarray:
