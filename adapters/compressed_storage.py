@@ -55,6 +55,7 @@ def save_compressed(model: nn.Module, spans: Sequence[Span], path: str | os.Path
                 "input_rank": student.input_rank,
                 "rank": student.rank,
                 "written": student.written,
+                "sparse": student.sparse,
                 "dtype": stored_dtype(student),
             }
         )
@@ -97,7 +98,8 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
             last = others[-1] if others else first
             span = Span(first, last, tuple(others[:-1]))
             ranks = (record[name] for name in ("input_rank", "rank", "written"))
-            student = LinearStudent(layout_of(record["layout"]), *ranks)
+            layout = layout_of(record["layout"])
+            student = LinearStudent(layout, *ranks, sparse=record["sparse"])
             compressed = swap_block(compressed, span, student, inplace=True)
             # It has the dtype of the model now, which is right unless it was quantised.
             if record["dtype"] in DTYPES:

@@ -6,6 +6,9 @@ student makes use of it: r1 of the channels, chosen by a pivoted QR, are handed 
 only the others are mixed into them; r2 of the outputs come straight from W1, and only the others
 are mixed from these. That is the same map with r1^2 + r2^2 numbers less, and C + c to say which.
 
+A sparse student is Z = X W1 + 1 b^T with few weights that are not zero (``SparseRidge``): those and
+their places are stored.
+
 Where the rest of a network reads a block's c outputs only through s < c combinations of them, Z has
 s columns: the student writes s of the outputs, which carry them all, and leaves the others zero.
 
@@ -27,6 +30,12 @@ from torch.nn.utils import skip_init
 
 from cvxdistill.adapters.call_structure import main_input
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
+from cvxdistill.adapters.sparse_layer import (
+    SparseConv2d,
+    SparseLinear,
+    keep_places,
+    words_for,
+)
 from cvxdistill.adapters.student import patch_layer, position_layer, set_weights
 
 
@@ -42,6 +51,8 @@ class LinearStudent(nn.Module):
         r2; None: full.
     written : int or None
         s, how many outputs it writes; None: all.
+    sparse : bool
+        Whether most weights are zero; then both ranks are None.
     dtype : torch.dtype
     """
 
@@ -55,10 +66,14 @@ class LinearStudent(nn.Module):
         rank: int | None,
         written: int | None = None,
         *,
+        sparse: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        if sparse and (input_rank, rank) != (None, None):
+            raise ValueError(f"a sparse student has no ranks, got {input_rank} and {rank}.")
         self.layout, self.input_rank, self.rank, self.written = layout, input_rank, rank, written
+        self.sparse = sparse
         C, c = input_channels(layout), written or layout.n_outputs
         inner = layout
         self.project: nn.Module | None = None
@@ -74,7 +89,7 @@ class LinearStudent(nn.Module):
                 self.register_buffer("channel_order", torch.arange(C, dtype=torch.int32))
         width = c if rank is None else rank
         bias = rank is None or self.expands_others
-        self.core = patch_layer(inner, width, bias=bias, dtype=dtype)
+        self.core = patch_layer(inner, width, bias=bias, sparse=sparse, dtype=dtype)
         if rank is not None:
             wanted = c - rank if self.expands_others else c
             self.expand = position_layer(layout, rank, bias=True, dtype=dtype, outputs=wanted)
@@ -89,13 +104,13 @@ class LinearStudent(nn.Module):
 
     @property
     def bytes_stored(self) -> int:
-        """What these take in memory and, but for a header, in a file."""
+        """What these take in a file, but for a header; sparse students take more in memory."""
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
     @property
     def trainable(self) -> int:
         """The stored numbers that a gradient could change."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,7 +149,7 @@ class LinearStudent(nn.Module):
         return (
             f"{self.layout.input_shape} -> {self.layout.output_shape}, "
             f"input_rank={self.input_rank}, rank={self.rank}, written={self.written}, "
-            f"stored={self.parameters_stored}, bytes={self.bytes_stored}"
+            f"sparse={self.sparse}, stored={self.parameters_stored}, bytes={self.bytes_stored}"
         )
 
 
@@ -151,10 +166,16 @@ def linear_student_size(
     input_rank: int | None,
     rank: int | None,
     written: int | None = None,
+    kept: int | None = None,
 ) -> int:
-    """Numbers that a ``LinearStudent`` of these ranks and written outputs stores."""
+    """Numbers that a ``LinearStudent`` of these ranks and written outputs stores.
+
+    A sparse one has no ranks, and ``kept`` weights.
+    """
     d, c, C = layout.n_features - 1, written or layout.n_outputs, input_channels(layout)
-    size = c + stored_orders(layout, input_rank, rank, written)
+    size = c + stored_orders(layout, input_rank, rank, written, sparse=kept is not None)
+    if kept is not None:
+        return size + kept
     if input_rank is not None:
         d = d // C * input_rank
         size += input_rank * (C - input_rank if _saves(input_rank, C) else C)
@@ -169,10 +190,14 @@ def stored_orders(
     input_rank: int | None,
     rank: int | None,
     written: int | None = None,
+    *,
+    sparse: bool = False,
 ) -> int:
-    """How many of these numbers are orders, which are stored as int32."""
+    """How many of these numbers are orders and places, which are stored as int32."""
     C, c = input_channels(layout), layout.n_outputs
     of_inputs = C if input_rank is not None and _saves(input_rank, C) else 0
+    if sparse:
+        of_inputs += words_for((layout.n_features - 1) * (written or c))
     if written is not None:
         return of_inputs + written
     return of_inputs + (c if rank is not None and _saves(rank, c) else 0)
@@ -191,6 +216,7 @@ def build_linear_student(
     intercept: np.ndarray,
     *,
     written: np.ndarray | None = None,
+    places: np.ndarray | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LinearStudent:
     """Build the module that predicts Z = (X (P x I)) W1 W2 + 1 b^T.
@@ -205,6 +231,8 @@ def build_linear_student(
     intercept : ndarray of shape (c,)
     written : ndarray of int of shape (s,), optional
         The outputs that the columns of Z are; the others are zero. c is then s above.
+    places : ndarray of bool of the shape of W1, optional
+        Of a sparse student without P and W2: where W1 may differ from zero.
     dtype : torch.dtype, default torch.float32
 
     Raises
@@ -220,12 +248,12 @@ def build_linear_student(
         if not 0 <= least <= most < c or len(np.unique(written)) < written.size:
             raise ValueError(f"written must be different outputs from 0 to {c - 1}, got {written}.")
         c = len(written)
-    places = (layout.n_features - 1) // C
+    positions = (layout.n_features - 1) // C
     r1 = C if P is None else P.shape[1]
     r2 = c if W2 is None else len(W2)
     shapes = {
         "P": (P, (C, r1)),
-        "W1": (W1, (r1 * places, r2)),
+        "W1": (W1, (r1 * positions, r2)),
         "W2": (W2, (r2, c)),
         "intercept": (intercept, (c,)),
     }
@@ -236,11 +264,16 @@ def build_linear_student(
             raise ValueError(f"{name} must have shape {shape}, got {array.shape}.")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} contains NaN or infinity.")
+    if places is not None and (places.shape != W1.shape or places.dtype != np.bool_):
+        raise ValueError(
+            f"places must be booleans of shape {W1.shape}, got {places.dtype} of {places.shape}."
+        )
     student = LinearStudent(
         layout,
         None if P is None else r1,
         None if W2 is None else r2,
         None if written is None else c,
+        sparse=places is not None,
         dtype=dtype,
     )
     order: np.ndarray = np.arange(c)
@@ -267,6 +300,9 @@ def build_linear_student(
             set_weights(student.expand, W2, b)
     else:
         set_weights(student.core, W1, b)
+        if places is not None:
+            assert isinstance(student.core, (SparseLinear, SparseConv2d))
+            keep_places(student.core, places)
     if written is not None:
         student.output_order.copy_(torch.from_numpy(written[order]))
     elif student.expands_others:

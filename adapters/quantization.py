@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvxdistill.adapters.linear_student import LinearStudent
+from cvxdistill.adapters.sparse_layer import SparseConv2d, SparseLayer, SparseLinear
 from cvxdistill.adapters.student import GatedStudent
 
 DTYPES = ("float16", "int8")
@@ -92,6 +93,20 @@ class Int8Layer(nn.Module):
         moves = f", stride={self.stride}, padding={self.padding}" if kernel else ""
         kernel_size = f", kernel_size={tuple(kernel)}" if kernel else ""
         return f"{inputs}, {outputs}{kernel_size}{moves}, bias={self.bias is not None}"
+
+
+class SparseInt8Layer(SparseLayer, Int8Layer):
+    """An ``Int8Layer`` that stores few weights.
+
+    Parameters
+    ----------
+    layer : SparseLinear or SparseConv2d
+    """
+
+    def __init__(self, layer: SparseLinear | SparseConv2d) -> None:
+        super().__init__(layer)
+        self.reset_places()
+        self.places = layer.places.clone()
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,6 +202,8 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _in_int8(module: nn.Module) -> nn.Module:
+    if isinstance(module, (SparseLinear, SparseConv2d)):
+        return SparseInt8Layer(module).train(module.training)
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         return Int8Layer(module).train(module.training)
     for name, child in module.named_children():

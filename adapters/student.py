@@ -24,6 +24,7 @@ from torch.nn.utils import skip_init
 
 from cvxdistill.adapters.call_structure import main_input
 from cvxdistill.adapters.layout import ConvLayout, DenseLayout
+from cvxdistill.adapters.sparse_layer import SparseConv2d, SparseLayer, SparseLinear
 
 
 class GatedStudent(nn.Module):
@@ -158,21 +159,32 @@ class GatedStudent(nn.Module):
 
 
 def patch_layer(
-    layout: DenseLayout | ConvLayout, width: int, *, bias: bool, dtype: torch.dtype
+    layout: DenseLayout | ConvLayout,
+    width: int,
+    *,
+    bias: bool,
+    sparse: bool = False,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """The layer that multiplies the layout's rows by a (d - 1, width) matrix."""
+    layer: nn.Module
     if isinstance(layout, DenseLayout):
-        return skip_init(nn.Linear, layout.n_features - 1, width, bias=bias, dtype=dtype)
-    return skip_init(
-        nn.Conv2d,
-        layout.input_shape[0],
-        width,
-        layout.kernel_size,
-        stride=layout.stride,
-        padding=layout.padding,
-        bias=bias,
-        dtype=dtype,
-    )
+        linear = SparseLinear if sparse else nn.Linear
+        layer = skip_init(linear, layout.n_features - 1, width, bias=bias, dtype=dtype)
+    else:
+        layer = skip_init(
+            SparseConv2d if sparse else nn.Conv2d,
+            layout.input_shape[0],
+            width,
+            layout.kernel_size,
+            stride=layout.stride,
+            padding=layout.padding,
+            bias=bias,
+            dtype=dtype,
+        )
+    if isinstance(layer, SparseLayer):
+        layer.reset_places()
+    return layer
 
 
 def position_layer(

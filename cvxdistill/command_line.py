@@ -261,6 +261,7 @@ def distill(
     type=click.Choice(["output", "agreement"]),
     help="What counts: all of the output, or only which entry of it is the largest.",
 )
+@click.option("--sparse", is_flag=True, help="Students of few weights, too: smaller files.")
 @click.option("--blocks", help="Only these, with commas between; spans as first:last.")
 @click.option("--seed", "random_state", type=click.IntRange(min=0), help="For samples.")
 @click.option(

@@ -36,6 +36,7 @@ def compress(
     max_error: float | None = None,
     blocks: str | Sequence[str] = "auto",
     criterion: str = "output",
+    sparse: bool = False,
     sequential: bool = True,
     mask: Any = "auto",
     max_examples: int | None = 50_000,
@@ -86,6 +87,10 @@ def compress(
         outputs wrong: that is an error of the output, and none of agreement. A classifier that
         agrees with the original on all but 2 % of the examples is at most 2 points less accurate
         on them.
+    sparse : bool, default=False
+        Let students also be sparse: ridge regressions of few weights (``SparseRidge``), of which a
+        file holds those and a bit for each place. They keep more of a network that has little to
+        spare; in memory they are whole, and they are not faster.
     sequential : bool, default=True
         Fit each student to what the compressed network before it gives; False: to what the original
         gives, and then all students write all outputs.
@@ -115,7 +120,8 @@ def compress(
 
     References
     ----------
-    Varshney and Pilanci 2024, section 4.1; Izenman 1975 (reduced-rank regression).
+    Varshney and Pilanci 2024, section 4.1; Izenman 1975 (reduced-rank regression); Frantar and
+    Alistarh 2022 (layers of few weights).
     """
     from cvxdistill.adapters import Examples, evaluating, find_sites
 
@@ -134,7 +140,15 @@ def compress(
         )
         found = find_sites(model, examples.small_batch, blocks, examples.other_batches)
     work = SiteStudents(
-        model, examples, found.layers, found.sites, validation_fraction, criterion, rng, verbose
+        model,
+        examples,
+        found.layers,
+        found.sites,
+        validation_fraction,
+        criterion,
+        sparse,
+        rng,
+        verbose,
     )
     budget = max_bytes if max_parameters is None else max_parameters
     total = measure.model(model)

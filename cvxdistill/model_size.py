@@ -18,14 +18,16 @@ class ModelSize:
     bytes: bool
 
     def model(self, model: nn.Module) -> int:
-        """Of all that a model stores: of students also what is no parameter, such as an order."""
+        """Of all that a model stores: of students what is in their state dicts."""
         from cvxdistill.adapters import GatedStudent, LinearStudent
 
-        parameters: list[Tensor] = [*model.parameters()]
-        for module in model.modules():
-            if isinstance(module, (GatedStudent, LinearStudent)):
-                parameters += module.buffers()
-        return self._of(parameters, [*model.buffers()])
+        kinds = (GatedStudent, LinearStudent)
+        students = [module for module in model.modules() if isinstance(module, kinds)]
+        inside = {id(t) for s in students for t in (*s.parameters(), *s.buffers())}
+        parameters: list[Tensor] = [p for p in model.parameters() if id(p) not in inside]
+        for student in students:
+            parameters += student.state_dict(keep_vars=True).values()
+        return self._of(parameters, [b for b in model.buffers() if id(b) not in inside])
 
     def layer(self, model: nn.Module, name: str) -> int:
         """Of a layer's own parameters."""
@@ -33,7 +35,7 @@ class ModelSize:
         return self._of([*module.parameters(recurse=False)], [*module.buffers(recurse=False)])
 
     def student(self, site: Site, numbers: int, orders: int) -> int:
-        """Of a student with so many numbers, some of them orders in int32, in a site's place."""
+        """Of a student with so many numbers, some of them int32, in a site's place."""
         if not self.bytes:
             return numbers
         sizes = [p.element_size() for module in site.modules for p in module.parameters()]

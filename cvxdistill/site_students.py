@@ -16,16 +16,16 @@ from cvxdistill.allocation import Option
 from cvxdistill.compression_report import Choice
 from cvxdistill.model_size import ModelSize
 from cvxdistill.output_change import OutputChange
-from cvxdistill.solvers import CentredMoments, GatedStatistics, LinearFit, ProjectedRidge
+from cvxdistill.solvers import CentredMoments, GatedStatistics, LinearFit, SparseFit
 from cvxdistill.solvers.threads import one_blas_thread
 from cvxdistill.streamed_block import pooled_features
 from cvxdistill.student_curves import (
+    Family,
     Size,
     Weighting,
     best_ridge,
     described,
     linear_student,
-    student_sizes,
 )
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ class SiteStudents:
         sites: Sequence[Site],
         validation_fraction: float,
         criterion: str,
+        sparse: bool,
         rng: np.random.Generator,
         verbose: int,
     ) -> None:
         self.model, self.examples, self.layers, self.sites = model, examples, layers, [*sites]
-        self.rng, self.verbose = rng, verbose
+        self.sparse, self.rng, self.verbose = sparse, rng, verbose
         n = len(examples)
         self.n_held_out = max(1, min(round(n * validation_fraction), MOST_HELD_OUT, n - 1))
         self.share = self.n_held_out / n
@@ -104,17 +105,20 @@ class SiteStudents:
             numbers = sum(p.numel() for p in {id(p): p for p in here}.values())
             # Torch's own threads, those of NumPy's BLAS and of SciPy's would wait for each other.
             with one_blas_thread():
-                ridge = self._ridge(site, sums.pop(k), CentredMoments.of(held_out.pop(k)))
-                sizes = student_sizes(ridge, site.layout, numbers)
+                family = self._family(site, sums.pop(k), CentredMoments.of(held_out.pop(k)))
+                sizes = family.sizes(numbers)
             if not sizes:
                 continue
-            errors = self._changes(site, ridge, sizes)
+            errors = self._changes(site, family, sizes)
             saved = numbers - sum(
                 ModelSize(False).layer(self.model, name)
                 for name in self.layers[site.start : site.stop]
             )
             for (size, _), error in zip(sizes, errors, strict=True):
-                orders = stored_orders(site.layout, size.input_rank, size.rank, size.written)
+                sparse = size.kept is not None
+                orders = stored_orders(
+                    site.layout, size.input_rank, size.rank, size.written, sparse=sparse
+                )
                 cost = measure.student(site, max(0, size.parameters - saved), orders)
                 options.append(Option(site.start, site.stop, cost, error, (site, size, error)))
         return options
@@ -160,14 +164,14 @@ class SiteStudents:
         change = change_when_rewritten(self.model, site.span, tried.rewritten, batches)
         return tried if change <= UNCHANGED else otherwise
 
-    def _ridge(self, site: Site, sums: GatedStatistics, held_out: CentredMoments) -> ProjectedRidge:
+    def _family(self, site: Site, sums: GatedStatistics, held_out: CentredMoments) -> Family:
         from cvxdistill.adapters import input_channels
 
-        return best_ridge(CentredMoments.of(sums), held_out, input_channels(site.layout))
+        ridge = best_ridge(CentredMoments.of(sums), held_out, input_channels(site.layout))
+        weighting = self._weightings.get(site.key)
+        return Family(ridge, site.layout, weighting, sparse=self.sparse)
 
-    def _changes(
-        self, site: Site, ridge: ProjectedRidge, sizes: list[tuple[Size, float]]
-    ) -> np.ndarray:
+    def _changes(self, site: Site, family: Family, sizes: list[tuple[Size, float]]) -> np.ndarray:
         """Of every size: measured for some, in proportion to the activation error between."""
         from cvxdistill.adapters import swap_block
 
@@ -180,9 +184,8 @@ class SiteStudents:
         places = np.unique(np.linspace(0, last, count).round().astype(int))
         measured = []
         for k in places:
-            size = sizes[k][0]
             with one_blas_thread():
-                fit = ridge.fit(size.input_rank, size.rank)
+                fit = family.fit(sizes[k][0])
             student = self._student(site, fit)
             swapped = swap_block(self.model, site.span, student)
             measured.append(self.change.measure(swapped, roughly=True))
@@ -194,7 +197,7 @@ class SiteStudents:
         )
         return np.asarray(errors)
 
-    def _student(self, site: Site, fit: LinearFit) -> LinearStudent:
+    def _student(self, site: Site, fit: LinearFit | SparseFit) -> LinearStudent:
         """Of a fit to the site's sums, which are of shifted inputs and weighted outputs."""
         fit = fit.shifted(self._offsets[site.key])
         return linear_student(fit, site.layout, self._weightings.get(site.key))
@@ -216,8 +219,8 @@ class SiteStudents:
             (others,) = self._sums(source, [site], None, CURVE_ROWS, "")
             with one_blas_thread():
                 held_out = CentredMoments.of(others)
-                ridge = self._ridge(site, sums, held_out)
-                fit = ridge.refined(size.input_rank, size.rank)
+                family = self._family(site, sums, held_out)
+                fit = family.fit(size, refined=True)
             student = self._student(site, fit)
             compressed = swap_block(compressed, site.span, student, inplace=True)
             numbers = {id(p): p for module in site.modules for p in module.parameters()}
@@ -229,7 +232,7 @@ class SiteStudents:
                     parameters=student.parameters_stored,
                     activation_error=math.sqrt(fit.error(held_out)),
                     output_change=math.sqrt(predicted),
-                    relative_gap=ridge.relative_gap,
+                    relative_gap=family.relative_gap(fit),
                     rows=sums.n,
                     seconds=time.perf_counter() - start,
                 )

@@ -1,20 +1,21 @@
 """How large a student of one block must be: the family of linear students, and what each loses.
 
-All of them come from one set of sums over the block's activations (``ProjectedRidge``): sizes are
-the ranks of the input channels' projection and of the map, of which those that nothing smaller
-beats are kept.
+All of them come from one set of sums over the block's activations: of the ranks of the input
+channels' projection and of the map (``ProjectedRidge``), or with so many weights that are not zero
+(``SparseRidge``). Those that nothing smaller beats are kept.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import qr
 
-from cvxdistill.solvers import CentredMoments, LinearFit, ProjectedRidge
+from cvxdistill.solvers import CentredMoments, LinearFit, ProjectedRidge, SparseFit, SparseRidge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 STRENGTHS = (1e-5, 1e-3, 1e-2, 1e-1)
 # Ranks that are tried, as shares of the channels and of the outputs.
 INPUT_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)
+# Weights that sparse students keep.
+KEPT_SHARES = (0.03, 0.045, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7)
 # At most so many students of a block, spread evenly over the logarithm of their size.
 MOST_SIZES = 16
 
@@ -36,7 +39,7 @@ READ = 1e-6
 
 @dataclass(frozen=True)
 class Size:
-    """Ranks of a linear student; None where one is full.
+    """Ranks of a linear student, None where one is full, or how many weights it keeps.
 
     Attributes
     ----------
@@ -45,22 +48,34 @@ class Size:
         How many outputs it writes; None: all.
     parameters : int
         All stored numbers.
+    kept : int or None
+        Weights of a sparse student.
     """
 
     input_rank: int | None
     rank: int | None
     written: int | None
     parameters: int
+    kept: int | None = None
 
     def __str__(self) -> str:
-        names = (("channels", self.input_rank), ("rank", self.rank), ("outputs", self.written))
-        return ", ".join(f"{name} {value}" for name, value in names if value) or "full"
+        sizes = (
+            ("channels", self.input_rank),
+            ("rank", self.rank),
+            ("outputs", self.written),
+            ("weights", self.kept),
+        )
+        return ", ".join(f"{name} {value}" for name, value in sizes if value) or "full"
 
 
 def described(layout: ConvLayout | DenseLayout, size: Size) -> str:
     """A student in a report: wide kernels are named."""
-    wide = getattr(layout, "kernel_size", (3, 3)) == (5, 5)
-    return f"5 x 5, {size}" if wide else str(size)
+    return f"5 x 5, {size}" if is_wide(layout) else str(size)
+
+
+def is_wide(layout: ConvLayout | DenseLayout) -> bool:
+    """Whether kernels are 5 x 5: blocks have smaller ones."""
+    return getattr(layout, "kernel_size", (3, 3)) == (5, 5)
 
 
 def best_ridge(fitted: CentredMoments, held_out: CentredMoments, channels: int) -> ProjectedRidge:
@@ -77,48 +92,6 @@ def best_ridge(fitted: CentredMoments, held_out: CentredMoments, channels: int) 
         best, least = ridge, error
     assert best is not None
     return best
-
-
-def student_sizes(
-    ridge: ProjectedRidge, layout: ConvLayout | DenseLayout, most_parameters: int
-) -> list[tuple[Size, float]]:
-    """Sizes below ``most_parameters`` that no smaller one beats, and their squared errors.
-
-    From the smallest up; errors are relative to the variance of the targets.
-    """
-    from cvxdistill.adapters import linear_student_size
-
-    found: list[tuple[Size, float]] = []
-    c, channels = ridge.outputs, ridge.channels
-    written = c if c < layout.n_outputs else None
-    input_ranks: list[int | None] = [None]
-    if channels > 1:
-        ranks = {max(1, round(share * channels)) for share in INPUT_SHARES} - {channels}
-        input_ranks += sorted(ranks)
-    for input_rank in input_ranks:
-        smallest = linear_student_size(layout, input_rank, 1, written)
-        if smallest >= most_parameters:
-            continue
-        errors = ridge.errors(input_rank)
-        features = (layout.n_features - 1) // channels * (input_rank or channels)
-        for rank in range(1, min(c, features) + 1):
-            full = rank == c
-            stored = linear_student_size(layout, input_rank, None if full else rank, written)
-            if stored < most_parameters:
-                size = Size(input_rank, None if full else rank, written, stored)
-                found.append((size, float(errors[rank])))
-    found.sort(key=lambda pair: (pair[0].parameters, pair[1]))
-    front: list[tuple[Size, float]] = []
-    for size, error in found:
-        # Less than this is not worth a size of its own.
-        if not front or error < 0.98 * front[-1][1]:
-            front.append((size, error))
-    if len(front) > MOST_SIZES:
-        wanted = np.geomspace(front[0][0].parameters, front[-1][0].parameters, MOST_SIZES)
-        sizes = np.array([size.parameters for size, _ in front])
-        kept = sorted({int(np.abs(np.log(sizes / want)).argmin()) for want in wanted})
-        front = [front[k] for k in kept]
-    return front
 
 
 @dataclass(frozen=True)
@@ -184,12 +157,118 @@ class Weighting:
         return torch.zeros_like(outputs).index_copy(axis, written, few)
 
 
+class Family:
+    """The students of one site.
+
+    Parameters
+    ----------
+    ridge : ProjectedRidge
+        On moments of weighted outputs.
+    layout : ConvLayout or DenseLayout
+    weighting : Weighting or None
+    sparse : bool
+        Whether there are sparse ones, too. With wider kernels than the block's there are none.
+    """
+
+    def __init__(
+        self,
+        ridge: ProjectedRidge,
+        layout: ConvLayout | DenseLayout,
+        weighting: Weighting | None,
+        *,
+        sparse: bool,
+    ) -> None:
+        self.ridge, self.layout, self.weighting = ridge, layout, weighting
+        self.sparse: SparseRidge | None = None
+        if sparse and not is_wide(layout):
+            root = None if weighting is None else np.linalg.inv(weighting.inverse)
+            self.sparse = SparseRidge(ridge.moments, ridge.strength, root)
+
+    def sizes(self, most_parameters: int) -> list[tuple[Size, float]]:
+        """Sizes below ``most_parameters`` that no smaller one beats, and their squared errors.
+
+        From the smallest up; errors are relative to the variance of the targets.
+        """
+        found = [*self._of_ranks(most_parameters), *self._sparse(most_parameters)]
+        found.sort(key=lambda pair: (pair[0].parameters, pair[1]))
+        front: list[tuple[Size, float]] = []
+        for size, error in found:
+            # Less than this is not worth a size of its own.
+            if not front or error < 0.98 * front[-1][1]:
+                front.append((size, error))
+        if len(front) > MOST_SIZES:
+            wanted = np.geomspace(front[0][0].parameters, front[-1][0].parameters, MOST_SIZES)
+            sizes = np.array([size.parameters for size, _ in front])
+            kept = sorted({int(np.abs(np.log(sizes / want)).argmin()) for want in wanted})
+            front = [front[k] for k in kept]
+        return front
+
+    def _of_ranks(self, most_parameters: int) -> Iterator[tuple[Size, float]]:
+        from cvxdistill.adapters import linear_student_size
+
+        ridge, layout = self.ridge, self.layout
+        c, channels = ridge.outputs, ridge.channels
+        written = self._written
+        input_ranks: list[int | None] = [None]
+        if channels > 1:
+            ranks = {max(1, round(share * channels)) for share in INPUT_SHARES} - {channels}
+            input_ranks += sorted(ranks)
+        for input_rank in input_ranks:
+            smallest = linear_student_size(layout, input_rank, 1, written)
+            if smallest >= most_parameters:
+                continue
+            errors = ridge.errors(input_rank)
+            features = (layout.n_features - 1) // channels * (input_rank or channels)
+            for rank in range(1, min(c, features) + 1):
+                full = rank == c
+                stored = linear_student_size(layout, input_rank, None if full else rank, written)
+                if stored < most_parameters:
+                    size = Size(input_rank, None if full else rank, written, stored)
+                    yield size, float(errors[rank])
+
+    def _sparse(self, most_parameters: int) -> Iterator[tuple[Size, float]]:
+        from cvxdistill.adapters import linear_student_size
+
+        if self.sparse is None:
+            return
+        for share in KEPT_SHARES:
+            kept = max(1, round(share * self.sparse.most))
+            stored = linear_student_size(self.layout, None, None, self._written, kept)
+            if stored < most_parameters:
+                size = Size(None, None, self._written, stored, kept)
+                yield size, self.fit(size).error(self.ridge.moments)
+
+    @property
+    def _written(self) -> int | None:
+        c = self.ridge.outputs
+        return c if c < self.layout.n_outputs else None
+
+    def fit(self, size: Size, *, refined: bool = False) -> LinearFit | SparseFit:
+        """The student of a size; refined ones of ranks by alternating least squares."""
+        if size.kept is not None:
+            assert self.sparse is not None
+            return self.sparse.fit(size.kept)
+        fit = self.ridge.refined if refined else self.ridge.fit
+        return fit(size.input_rank, size.rank)
+
+    def relative_gap(self, fit: LinearFit | SparseFit) -> float:
+        """Of the ridge regression that a student comes from."""
+        return fit.relative_gap if isinstance(fit, SparseFit) else self.ridge.relative_gap
+
+
 def linear_student(
-    fit: LinearFit, layout: ConvLayout | DenseLayout, weighting: Weighting | None = None
+    fit: LinearFit | SparseFit,
+    layout: ConvLayout | DenseLayout,
+    weighting: Weighting | None = None,
 ) -> LinearStudent:
     """The deployed student of a fit to weighted targets."""
     from cvxdistill.adapters import build_linear_student
 
+    if isinstance(fit, SparseFit):
+        written = None if weighting is None else weighting.written
+        return build_linear_student(
+            layout, None, fit.W, None, fit.intercept, written=written, places=fit.places
+        )
     W1, W2, b = fit.W1, fit.W2, fit.intercept
     if weighting is None:
         return build_linear_student(layout, fit.P, W1, W2, b)

@@ -53,6 +53,7 @@ from cvxdistill.solvers.ridge import RidgeNewton, gram_matrix
 from cvxdistill.solvers.rows import RowSource, RowSubset
 from cvxdistill.solvers.solution import Solution, Trace
 from cvxdistill.solvers.solver_choice import choose_solver
+from cvxdistill.solvers.sparse_linear import SparseFit, SparseRidge
 
 __all__ = [
     "ADMM",
@@ -85,6 +86,8 @@ __all__ = [
     "RowSource",
     "RowSubset",
     "Solution",
+    "SparseFit",
+    "SparseRidge",
     "Trace",
     "activation_patterns",
     "alpha_grid",

@@ -112,6 +112,8 @@ class ProjectedRidge:
     ----------
     W : ndarray of shape (C T, c)
         Of the ridge regression on all channels, with its ``intercept`` (c,).
+    strength, alpha : float
+        As given, and times the mean variance.
     relative_gap : float
         Its relative duality gap.
 
@@ -129,6 +131,7 @@ class ProjectedRidge:
             )
         if not (alpha > 0 and np.isfinite(alpha)):
             raise ValueError(f"alpha must be positive and finite, got {alpha!r}.")
+        self.strength = alpha
         self.channels, self.places = channels, d // channels
         self.outputs = moments.xy.shape[1]
         self.alpha = max(alpha * float(np.trace(moments.xx)) / d, moments.noise) or 1.0

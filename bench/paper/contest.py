@@ -84,7 +84,7 @@ NETWORKS = {
         Block("layer2", "layer2", STRIDED, (1, 3)),
     ),
 }
-CONVEX, BEST = ("linear", "several", "gated"), "best convex"
+CONVEX, BEST = ("linear", "several", "sparse", "gated"), "best convex"
 
 
 def tail(model: nn.Module, start: str) -> nn.Sequential:
@@ -195,7 +195,9 @@ def block_numbers(model: nn.Module, block: str) -> int:
     return sum(p.numel() for p in model.get_submodule(block).parameters())
 
 
-def compressed(task: Task, blocks: list[str], whole: int, budget: int) -> Made:
+def compressed(
+    task: Task, blocks: list[str], whole: int, budget: int, *, sparse: bool = False
+) -> Made:
     """``compress`` within a budget for what it may replace, which has ``whole`` numbers."""
     total = sum(p.numel() for p in task.model.parameters())
     start = time.process_time()
@@ -205,6 +207,7 @@ def compressed(task: Task, blocks: list[str], whole: int, budget: int) -> Made:
         max_parameters=total - whole + budget,
         blocks=blocks,
         criterion="agreement",
+        sparse=sparse,
         validation_fraction=HELD_OUT,
         verbose=0,
     )

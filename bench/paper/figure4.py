@@ -14,6 +14,7 @@ Convex students:
 
     linear      ``compress`` of the block alone: one linear student
     several     ``compress`` of the block and all its layers: several small ones, or one
+    sparse      the same with students of few weights among them; their places are counted, too
     gated       ``distill(student="gated")``, the block's own gates, fitted to what the network
                 makes of the block's outputs
 
@@ -70,6 +71,7 @@ STYLES = {
     BEST: "k-",
     "linear": "C0o-",
     "several": "C1s-",
+    "sparse": "C9P-",
     "gated": "C2^-",
     "Adam, 10 times": "C3v--",
     "Adam, batches": "C3x:",
@@ -108,6 +110,7 @@ class Contest:
         ways: dict[str, Callable[[], Made]] = {
             "linear": lambda: compressed(self.task, [self.block.name], self.whole, budget),
             "several": lambda: compressed(self.task, self.sites, self.whole, budget),
+            "sparse": lambda: compressed(self.task, self.sites, self.whole, budget, sparse=True),
             "gated": lambda: of_gates("gated", budget),
         }
         convex: list[Made] = []
@@ -141,10 +144,15 @@ class Both:
 
     def students(self, m: int, made: list[dict[str, Made]]) -> Iterator[tuple[str, Made]]:
         """``compress`` of both, and what was made of each, put together."""
-        convex = [compressed(self.task, self.sites, self.whole, self.budget(m))]
-        yield "several", convex[0]
+        convex = []
+        for name in ("several", "sparse"):
+            sparse = name == "sparse"
+            convex.append(
+                compressed(self.task, self.sites, self.whole, self.budget(m), sparse=sparse)
+            )
+            yield name, convex[-1]
         for name in made[0]:
-            if name == "several" or not all(name in of_block for of_block in made):
+            if name in ("several", "sparse") or not all(name in of_block for of_block in made):
                 continue
             model = self.task.model
             for block, of_block in zip(self.names, made, strict=True):

@@ -157,3 +157,68 @@ def test_factors_that_do_not_fit_are_refused(which):
     broken.flat[0] = np.nan
     with pytest.raises(ValueError, match=f"{which} contains NaN"):
         build_linear_student(layout, **(factors | {which: broken}))
+
+
+def sparse(layout, share=0.3, seed=0, outputs=None):
+    rng = np.random.default_rng(seed)
+    shape = (layout.n_features - 1, outputs or layout.n_outputs)
+    places = rng.random(shape) < share
+    return np.where(places, rng.standard_normal(shape), 0), rng.standard_normal(shape[1]), places
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from([*LAYOUTS]),
+    share=st.floats(0, 1),
+    written=st.one_of(st.none(), st.lists(st.integers(0, 9), min_size=1, max_size=10, unique=True)),
+    seed=st.integers(0, 1000),
+)
+def test_sparse_students_predict_the_map_in_few_numbers(name, share, written, seed):
+    layout = LAYOUTS[name]
+    s = None if written is None else len(written)
+    W, b, places = sparse(layout, share, seed, s)
+    student = build_linear_student(
+        layout,
+        None,
+        W,
+        None,
+        b,
+        written=None if written is None else np.array(written),
+        places=places,
+        dtype=torch.float64,
+    )
+    inputs = np.random.default_rng(seed).standard_normal((4, *layout.input_shape))
+    with torch.no_grad():
+        outputs = layout.targets(student(torch.from_numpy(inputs)).numpy())
+    expected = predicted(layout, None, W, None, b, inputs)
+    got = outputs if written is None else outputs[:, written]
+    np.testing.assert_allclose(got, expected, atol=1e-9)
+    kept = int(places.sum())
+    assert student.parameters_stored == linear_student_size(layout, None, None, s, kept)
+    orders = stored_orders(layout, None, None, s, sparse=True)
+    assert student.parameters_stored == kept + (s or layout.n_outputs) + orders
+    assert student.bytes_stored == 8 * (student.parameters_stored - orders) + 4 * orders
+    # Its weights are for no gradient.
+    assert student.trainable == (s or layout.n_outputs)
+
+
+def test_sparse_students_export():
+    layout = LAYOUTS["convolution"]
+    W, b, places = sparse(layout)
+    student = build_linear_student(layout, None, W, None, b, places=places)
+    z = torch.randn(2, *layout.input_shape)
+    torch.testing.assert_close(torch.export.export(student, (z,)).module()(z), student(z))
+    compiled = torch.compile(student, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z), student(z))
+
+
+def test_sparse_students_have_no_ranks_and_a_place_for_each_weight():
+    layout = LAYOUTS["convolution"]
+    W, b, places = sparse(layout)
+    with pytest.raises(ValueError, match=r"places must be booleans of shape \(108, 10\)"):
+        build_linear_student(layout, None, W, None, b, places=places[1:])
+    with pytest.raises(ValueError, match="places must be booleans"):
+        build_linear_student(layout, None, W, None, b, places=places.astype(int))
+    P, W1, W2, _ = made(layout, 5, 7)
+    with pytest.raises(ValueError, match="a sparse student has no ranks, got 5 and 7"):
+        build_linear_student(layout, P, W1, W2, b, places=np.ones(W1.shape, bool))

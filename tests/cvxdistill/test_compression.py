@@ -785,3 +785,36 @@ def test_wider_kernels_are_used_where_they_come_nearer(monkeypatch):
     wanted = outputs(net, new)
     errors = [relative_error(outputs(r.model, new), wanted) for r in (wide, narrow)]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_sparse_students_keep_more_of_a_budget_in_parameters_and_in_bytes(net):
+    data, new = images(400), images(200, seed=1)
+    wanted = outputs(net, new)
+    for unit, size in (("max_parameters", numbers), ("max_bytes", stored_bytes)):
+        budget = size(net) // 2
+        dense, sparse = (
+            compress(net, data, sparse=value, **{unit: budget}) for value in (False, True)
+        )
+        assert any("weights" in choice.student for choice in sparse.choices)
+        assert not any("weights" in choice.student for choice in dense.choices)
+        assert size(sparse.model) == sparse.after <= budget
+        errors = [relative_error(outputs(r.model, new), wanted) for r in (sparse, dense)]
+        assert errors[0] < 0.9 * errors[1]
+        assert all(choice.relative_gap < 1e-6 for choice in sparse.choices)
+
+
+def test_sparse_students_are_saved_exported_and_quantised(net, tmp_path):
+    data = images(400)
+    result = compress(net, data, sparse=True, max_parameters=numbers(net) // 2)
+    result.save(tmp_path / "small.safetensors")
+    assert (tmp_path / "small.safetensors").stat().st_size < stored_bytes(result.model) + 4000
+    loaded = cvxdistill.load_compressed(Net(), tmp_path / "small.safetensors")
+    np.testing.assert_array_equal(outputs(loaded, data), outputs(result.model, data))
+    assert numbers(loaded) == result.after
+    smaller = result.quantize("int8")
+    assert stored_bytes(smaller.model) < stored_bytes(result.model)
+    error = relative_error(outputs(smaller.model, data), outputs(result.model, data))
+    assert error < 0.05
+    pytest.importorskip("onnxruntime")
+    assert result.export_onnx(tmp_path / "small.onnx") < 1e-4
+    smaller.export_onnx(tmp_path / "int8.onnx")
