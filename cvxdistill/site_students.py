@@ -50,7 +50,7 @@ UNCHANGED = 1e-4
 MOST_HELD_OUT = 2000
 # Students of each block, at least, whose effect on the output is measured; the others' is
 # interpolated. Of few blocks more are measured: so many of all together.
-MEASURED_SIZES, MEASURED_IN_ALL = 3, 48
+MEASURED_SIZES, MEASURED_IN_ALL = 3, 24
 # Relative squared activation error from which on it is in proportion to the output's.
 SMALLEST_TELLING = 1e-3
 

@@ -231,7 +231,8 @@ class Family:
 
         if self.sparse is None:
             return
-        for share in KEPT_SHARES:
+        # From the most on: what removes weights goes on from there.
+        for share in KEPT_SHARES[::-1]:
             kept = max(1, round(share * self.sparse.most))
             stored = linear_student_size(self.layout, None, None, self._written, kept)
             if stored < most_parameters:

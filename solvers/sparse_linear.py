@@ -9,10 +9,11 @@ combinatorial; they are chosen by what the objective would lose without them, H 
 
     w_i^2 / (2 (H^-1)_ii),
 
-in two stages. One pass over the features (SparseGPT) keeps 2 k: of each stretch of features the
-weights that lose most, the later features making up for those that go. Then the weight that loses
-least goes, one by one and output by output, the others of its output being refitted each time
-(optimal brain surgeon), until k are left of all outputs together.
+in two stages. One pass over the features (SparseGPT) keeps 2 k or more: of each stretch of features
+the weights that lose most, the later features making up for those that go. Then the weight that
+loses least goes, one by one and output by output, the others of its output being refitted each time
+(optimal brain surgeon), until k are left of all outputs together. The same order serves for all
+smaller k.
 
 References
 ----------
@@ -36,7 +37,7 @@ STRETCH = 64
 # Places of the first stage for each one that is kept in the end.
 MARGIN = 2
 # Multiplications of the second stage, which is left out where there would be more.
-MOST_WORK = 3e9
+MOST_WORK = 1e9
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class SparseRidge:
         self.system[np.diag_indices(d)] += self.alpha
         # Features that vary most come first: the later ones make up for them.
         self.order = np.argsort(-np.diag(self.system), kind="stable")
+        # Of the second stage, and how many places it was begun with.
+        self._begun, self._ranks = 0, np.zeros((d, s), dtype=np.int64)
 
     @property
     def most(self) -> int:
@@ -131,13 +134,18 @@ class SparseRidge:
         """
         if not 1 <= count <= self.most:
             raise ValueError(f"count must lie between 1 and {self.most:,}, got {count}.")
-        first = min(MARGIN * count, self.most)
-        outputs = self.xy.shape[1]
-        if outputs * (first / outputs) ** 3 / 3 <= MOST_WORK:
-            places = self._backward(self._one_pass(first), count)
-        else:
-            places = self._one_pass(count)
-        return self._refitted(places)
+        ranks = self._ranks_for(count)
+        return self._refitted(self._one_pass(count) if ranks is None else ranks < count)
+
+    def _ranks_for(self, count: int) -> np.ndarray | None:
+        """Places in the order of the second stage, begun with enough; None where that is much."""
+        wanted = min(MARGIN * count, self.most)
+        if self._begun < wanted:
+            outputs = self.xy.shape[1]
+            if outputs * (wanted / outputs) ** 3 / 3 > MOST_WORK:
+                return None
+            self._begun, self._ranks = wanted, self._backward(self._one_pass(wanted))
+        return self._ranks
 
     def _one_pass(self, count: int) -> np.ndarray:
         """Places (d, s) of so many weights, by the first stage."""
@@ -164,21 +172,21 @@ class SparseRidge:
         found[self.order] = places
         return found
 
-    def _backward(self, places: np.ndarray, count: int) -> np.ndarray:
-        """So many of these places, by the second stage."""
+    def _backward(self, places: np.ndarray) -> np.ndarray:
+        """Ranks (d, s) by the second stage, begun with these: the k best places are below k."""
         losses, steps = np.full(places.shape, -1.0), np.zeros(places.shape, dtype=np.int64)
         for j in range(places.shape[1]):
             own = np.flatnonzero(places[:, j])
             if len(own) == 0:
                 continue
-            inverse = np.linalg.inv(self.system[np.ix_(own, own)])
+            inverse = cho_solve(cho_factor(self.system[np.ix_(own, own)]), np.eye(len(own)))
             lost, gone = _remove_all(inverse, inverse @ self.xy[own, j])
             # One that goes later counts for no less: those before it have to go, too.
             losses[own[gone], j] = np.maximum.accumulate(lost) * self.importance[j]
             steps[own[gone], j] = np.arange(len(own))
-        found = np.zeros(places.size, dtype=bool)
-        found[np.lexsort((steps.ravel(), losses.ravel()))[places.size - count :]] = True
-        return found.reshape(places.shape)
+        ranks = np.empty(places.size, dtype=np.int64)
+        ranks[np.lexsort((steps.ravel(), losses.ravel()))[::-1]] = np.arange(places.size)
+        return ranks.reshape(places.shape)
 
     def _refitted(self, places: np.ndarray) -> SparseFit:
         W = np.zeros_like(self.xy)
