@@ -312,6 +312,7 @@ class SiteStudents:
             for site, weighting, total, (_, output), (input, _) in zip(
                 sites, weightings, sums, pairs, taken, strict=True
             ):
+                _check_finite(site.name, input, output)
                 keep = self._keep(site.name, number, batch, which, (input, output))
                 # As many rows as the share of the examples that has been gone through.
                 wanted = math.ceil(rows_per_feature * site.layout.n_features * done / count)
@@ -326,6 +327,14 @@ class SiteStudents:
                     offset = self._offsets.setdefault(site.key, X.mean(axis=0))
                     total.update(X - offset, Y, np.ones((len(X), 1), dtype=bool))
         return sums
+
+
+def _check_finite(block: str, input: Tensor, output: Tensor) -> None:
+    for side, tensor in (("input", input), ("output", output)):
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"the {side} of block {block!r} contains NaN or infinity; does data, or do weights?"
+            )
 
 
 def _pooled_rows(

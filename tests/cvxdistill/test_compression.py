@@ -529,6 +529,13 @@ def test_bad_arguments_are_refused(net, options, error, message):
         compress(net, images(20), **options)
 
 
+def test_data_with_nan_are_refused_by_the_name_of_the_block(net):
+    data = images()
+    data[7, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"the input of block '.+' contains NaN or infinity"):
+        compress(net, data, max_parameters=numbers(net) // 2)
+
+
 def test_what_is_no_model_or_no_data_is_refused(net):
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         compress(lambda x: x, images(20), max_error=0.1)
