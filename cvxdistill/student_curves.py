@@ -65,7 +65,7 @@ class Size:
             ("outputs", self.written),
             ("weights", self.kept),
         )
-        return ", ".join(f"{name} {value}" for name, value in sizes if value) or "full"
+        return ", ".join(f"{name} {value:,}" for name, value in sizes if value) or "full"
 
 
 def described(layout: ConvLayout | DenseLayout, size: Size) -> str:

@@ -163,7 +163,10 @@ def test_distill_takes_a_span_of_blocks(work: Path) -> None:
     assert "write '0:1'" in refusal(*arguments, "1:0")
 
 
-def test_compress_writes_a_model_that_fits_the_budget_and_its_frontier(work: Path) -> None:
+@pytest.mark.parametrize("sparse", [[], ["--sparse"]])
+def test_compress_writes_a_model_that_fits_the_budget_and_its_frontier(
+    work: Path, sparse: list[str]
+) -> None:
     import torch
 
     import cvxdistill
@@ -172,8 +175,10 @@ def test_compress_writes_a_model_that_fits_the_budget_and_its_frontier(work: Pat
     result = run(
         "compress", f"{work / 'net.py'}:network", "--data", work / "d.npz", "--max-parameters",
         3000, "--criterion", "agreement", "--output", out, "--frontier", png, "--quiet",
+        *sparse,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert ("weights" in result.output) == bool(sparse)
     assert "classified otherwise" in result.output
     assert "accuracy on these 60 inputs" in result.output
     assert png.read_bytes()[:4] == b"\x89PNG"
