@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cvxdistill.adapters import load_compressed, load_student, swap_block
     from cvxdistill.compression import compress
     from cvxdistill.compression_report import Compression
+    from cvxdistill.compressor import Compressor
     from cvxdistill.distillation import Distillation, distill
     from cvxdistill.estimators import ConvexNNClassifier, ConvexNNRegressor
     from cvxdistill.group_cross_validation import GroupElasticNetCV
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Compression",
+    "Compressor",
     "ConvexNNClassifier",
     "ConvexNNRegressor",
     "Distillation",
@@ -50,6 +52,7 @@ _WITHOUT_TORCH = {
 }
 _TORCH_DOORS = {
     "Compression": "cvxdistill.compression_report",
+    "Compressor": "cvxdistill.compressor",
     "compress": "cvxdistill.compression",
     "Distillation": "cvxdistill.distillation",
     "OnlineStudent": "cvxdistill.online",

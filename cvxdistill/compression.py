@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Sequence
-from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cvxdistill.allocation import Allocation, Option, largest_budget
-from cvxdistill.compression_report import Choice, Compression
-from cvxdistill.distillation import timed
-from cvxdistill.model_size import ModelSize
-from cvxdistill.output_change import CRITERIA
-from cvxdistill.site_students import SiteStudents
+from cvxdistill.compression_report import Compression
+from cvxdistill.compressor import Compressor, check_budgets
 
 if TYPE_CHECKING:
     from torch import nn
-
-# How often a build is repeated that misses ``max_error``, or what was expected of it.
-MOST_BUILDS = 4
-# As many times the squared error expected.
-SURPRISE = 4.0
 
 
 def compress(
@@ -118,205 +105,27 @@ def compress(
         If an argument is not valid; if a budget cannot be met: the message says the smallest
         possible.
 
+    See Also
+    --------
+    Compressor : several budgets in turn, from steps 1 and 2 made once.
+
     References
     ----------
     Varshney and Pilanci 2024, section 4.1; Izenman 1975 (reduced-rank regression); Frantar and
     Alistarh 2022 (layers of few weights).
     """
-    from cvxdistill.adapters import Examples, evaluating, find_sites
-
-    _check_arguments(locals())
-    seconds: dict[str, float] = {}
-    rng = np.random.default_rng(random_state)
-    measure = ModelSize(max_bytes is not None)
-    with timed(seconds, "data"):
-        examples = Examples(
-            data,
-            model,
-            batch_size=batch_size,
-            max_examples=max_examples,
-            mask=mask,
-            rng=rng,
-        )
-        found = find_sites(model, examples.small_batch, blocks, examples.other_batches)
-    work = SiteStudents(
+    check_budgets(max_parameters, max_bytes, max_error)
+    return Compressor(
         model,
-        examples,
-        found.layers,
-        found.sites,
-        validation_fraction,
-        criterion,
-        sparse,
-        rng,
-        verbose,
-    )
-    budget = max_bytes if max_parameters is None else max_parameters
-    total = measure.model(model)
-    with evaluating(model):
-        with timed(seconds, "curves"):
-            options = work.options(measure, sequential)
-        with timed(seconds, "allocation"):
-            # Layers that no student could replace cost nothing here: units are rounded for each.
-            covered = {k for option in options for k in range(option.start, option.stop)}
-            layer_costs = [
-                measure.layer(model, name) if k in covered else 0
-                for k, name in enumerate(found.layers)
-            ]
-            fixed = total - sum(layer_costs)
-            allocation = Allocation(layer_costs, options, largest_budget(layer_costs))
-        smallest = fixed + allocation.smallest
-        if budget is not None and budget < smallest:
-            raise ValueError(
-                f"{'max_bytes' if measure.bytes else 'max_parameters'}={budget:,} cannot be met: "
-                f"the smallest possible is {smallest:,}. The model has {total:,}."
-            )
-        costs, errors = allocation.curve()
-        with timed(seconds, "students"):
-            if budget is not None:
-                compressed, choices, error = _best_within(
-                    budget - fixed, work, layer_costs, options, sequential
-                )
-            else:
-                assert max_error is not None
-                compressed, choices, error = _smallest_within(
-                    max_error, work, allocation, costs, errors, sequential
-                )
-    spans = {site.name: site.span for site in found.sites}
-    flags = {name: module.training for name, module in model.named_modules()}
-    for name, module in compressed.named_modules():
-        # A student's parts take its flag.
-        flags.setdefault(name, flags[name.rpartition(".")[0]])
-        module.training = flags[name]
-    return Compression(
-        model=compressed,
-        original=model,
-        choices=tuple(choices),
-        error=error,
-        unit="bytes" if measure.bytes else "parameters",
-        before=total,
-        after=measure.model(compressed),
-        # Costs were rounded up.
-        frontier=np.column_stack([np.minimum(costs + fixed, total), np.sqrt(errors)]),
-        curves=_curves(options),
-        smallest=smallest,
-        spans=tuple(spans[choice.block] for choice in choices),
-        sites=tuple(site.name for site in found.sites),
-        examples=len(examples),
-        held_out=work.n_held_out,
-        example=examples.small_batch,
+        data,
+        blocks=blocks,
         criterion=criterion,
-        seconds=seconds,
-    )
-
-
-def _curves(options: Sequence[Option]) -> dict[str, np.ndarray]:
-    """Of each site the parameters of its students, and what each is expected to change."""
-    points: dict[str, list[tuple[int, float]]] = {}
-    for option in options:
-        site, size, error = option.student
-        points.setdefault(site.name, []).append((size.parameters, math.sqrt(error)))
-    return {name: _lowest(found) for name, found in points.items()}
-
-
-def _lowest(points: list[tuple[int, float]]) -> np.ndarray:
-    """By size, those that no smaller one beats."""
-    kept: list[tuple[int, float]] = []
-    for point in sorted(points):
-        if not kept or point[1] < kept[-1][1]:
-            kept.append(point)
-    return np.array(kept)
-
-
-def _best_within(
-    budget: int,
-    work: SiteStudents,
-    layer_costs: Sequence[int],
-    options: Sequence[Option],
-    sequential: bool,
-) -> tuple[nn.Module, list[Choice], float]:
-    """The best allocation within a budget; another where students err far more than expected.
-
-    Errors do not add up where the network makes up for each student alone, but not for all of
-    them. As much more is then expected of all students of these sites, and the allocation is made
-    anew; the best that was measured is kept.
-    """
-    options = list(options)
-    found: list[tuple[float, nn.Module, list[Choice]]] = []
-    seen: list[list[object]] = []
-    for _ in range(MOST_BUILDS):
-        # Anew, with units as fine as the budget allows.
-        chosen = Allocation(layer_costs, options, budget).choose(budget)
-        students = [option.student for option in chosen]
-        if students in seen:
-            break
-        seen.append(students)
-        compressed, choices = work.build(chosen, sequential)
-        error = work.change.measure(compressed)
-        found.append((error, compressed, choices))
-        expected = max(sum(o.error for o in chosen), np.finfo(float).tiny)
-        if error <= max(SURPRISE * expected, work.change.smallest_telling):
-            break
-        sites = {id(site) for site, _, _ in students}
-        options = [
-            replace(o, error=o.error * error / expected) if id(o.student[0]) in sites else o
-            for o in options
-        ]
-    error, compressed, choices = min(found, key=lambda built: built[0])
-    return compressed, choices, math.sqrt(error)
-
-
-def _smallest_within(
-    max_error: float,
-    work: SiteStudents,
-    allocation: Allocation,
-    costs: np.ndarray,
-    errors: np.ndarray,
-    sequential: bool,
-) -> tuple[nn.Module, list[Choice], float]:
-    """The smallest predicted to be within the error; again with more room where it was not."""
-    aim = max_error**2
-    for _ in range(MOST_BUILDS):
-        cost = int(costs[np.flatnonzero(errors <= aim)[0]])
-        compressed, choices = work.build(allocation.choose(cost), sequential)
-        error = math.sqrt(work.change.measure(compressed))
-        if error <= max_error:
-            return compressed, choices, error
-        aim *= 0.8 * (max_error / error) ** 2
-    # The original itself errs by nothing.
-    return copy.deepcopy(work.model), [], 0.0
-
-
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse what can be refused before the model is run."""
-    from cvxdistill.adapters import check_model
-
-    check_model(arguments["model"])
-    budgets = {k: arguments[k] for k in ("max_parameters", "max_bytes", "max_error")}
-    given = [name for name, value in budgets.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"give one of {', '.join(budgets)}; got {', '.join(given) if given else 'none'}."
-        )
-    for name in ("max_parameters", "max_bytes", "max_examples", "batch_size"):
-        value = arguments[name]
-        if value is None and name != "batch_size":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    for name, most in (("validation_fraction", 1.0), ("max_error", np.inf)):
-        value = arguments[name]
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {value!r}.")
-        if not 0 < float(value) < most:
-            raise ValueError(f"{name} must lie in (0, {most:g}), got {value!r}.")
-    if arguments["criterion"] not in CRITERIA:
-        raise ValueError(
-            f"criterion must be one of {', '.join(CRITERIA)}, got {arguments['criterion']!r}."
-        )
-    blocks = arguments["blocks"]
-    if isinstance(blocks, str) and blocks != "auto":
-        raise ValueError(f"blocks must be 'auto' or a list of names, got {blocks!r}.")
-    if not isinstance(blocks, (str, list, tuple)):
-        raise TypeError(f"blocks must be 'auto' or a list of names, got {type(blocks).__name__}.")
+        sparse=sparse,
+        sequential=sequential,
+        mask=mask,
+        max_examples=max_examples,
+        validation_fraction=validation_fraction,
+        batch_size=batch_size,
+        random_state=random_state,
+        verbose=verbose,
+    ).compress(max_parameters=max_parameters, max_bytes=max_bytes, max_error=max_error)

@@ -72,22 +72,22 @@ class SiteStudents:
     ) -> None:
         self.model, self.examples, self.layers, self.sites = model, examples, layers, [*sites]
         self.sparse, self.rng, self.verbose = sparse, rng, verbose
+        self.found: list[tuple[Site, Size, float]] = []
         n = len(examples)
         self.n_held_out = max(1, min(round(n * validation_fraction), MOST_HELD_OUT, n - 1))
         self.share = self.n_held_out / n
         wider = (site.wider() for site in sites)
         rows = n - self.n_held_out
         self.sites += [w for w in wider if w and rows * w.rows >= WIDER_ROWS * w.layout.n_features]
+        self._seed = 0
         self._weightings: dict[object, Weighting] = {}
         self._offsets: dict[object, np.ndarray] = {}
         self.change = OutputChange(
             model, examples, self.share, self.n_held_out, criterion, self._keep_outputs
         )
 
-    def options(self, measure: ModelSize, sequential: bool) -> list[Option]:
-        """Students of every site, and what each is taken to add to the squared change."""
-        from cvxdistill.adapters import stored_orders
-
+    def measure_students(self, sequential: bool) -> None:
+        """Find the sizes of students of every site, and what each adds to the squared change."""
         self._set_weightings(sequential)
         needs = [self._examples_for(site, CURVE_ROWS) for site in self.sites]
         sums: dict[int, GatedStatistics] = {}
@@ -99,28 +99,32 @@ class SiteStudents:
             made = self._sums(self.model, some, need, CURVE_ROWS, "activations")
             sums |= dict(zip(which, made, strict=True))
         held_out = dict(enumerate(self._sums(self.model, self.sites, None, CURVE_ROWS, "held out")))
-        options: list[Option] = []
         for k, site in enumerate(tqdm(self.sites, desc="curves", disable=not self.verbose)):
-            here = [p for module in site.modules for p in module.parameters()]
-            numbers = sum(p.numel() for p in {id(p): p for p in here}.values())
             # Torch's own threads, those of NumPy's BLAS and of SciPy's would wait for each other.
             with one_blas_thread():
                 family = self._family(site, sums.pop(k), CentredMoments.of(held_out.pop(k)))
-                sizes = family.sizes(numbers)
-            if not sizes:
-                continue
-            errors = self._changes(site, family, sizes)
-            saved = numbers - sum(
+                sizes = family.sizes(_numbers(site))
+            if sizes:
+                errors = self._changes(site, family, sizes)
+                self.found += [(site, size, e) for (size, _), e in zip(sizes, errors, strict=True)]
+        # Of builds, so that none depends on those before it.
+        self._seed = int(self.rng.integers(2**63))
+
+    def options(self, measure: ModelSize) -> list[Option]:
+        """All students that were found, with their costs."""
+        from cvxdistill.adapters import stored_orders
+
+        options: list[Option] = []
+        for site, size, error in self.found:
+            saved = _numbers(site) - sum(
                 ModelSize(False).layer(self.model, name)
                 for name in self.layers[site.start : site.stop]
             )
-            for (size, _), error in zip(sizes, errors, strict=True):
-                sparse = size.kept is not None
-                orders = stored_orders(
-                    site.layout, size.input_rank, size.rank, size.written, sparse=sparse
-                )
-                cost = measure.student(site, max(0, size.parameters - saved), orders)
-                options.append(Option(site.start, site.stop, cost, error, (site, size, error)))
+            orders = stored_orders(
+                site.layout, size.input_rank, size.rank, size.written, sparse=size.kept is not None
+            )
+            cost = measure.student(site, max(0, size.parameters - saved), orders)
+            options.append(Option(site.start, site.stop, cost, error, (site, size, error)))
         return options
 
     def _set_weightings(self, sequential: bool) -> None:
@@ -206,6 +210,7 @@ class SiteStudents:
         """Fit the chosen students one after the other, and put each in its place."""
         from cvxdistill.adapters import swap_block
 
+        self.rng = np.random.default_rng(self._seed)
         compressed = copy.deepcopy(self.model)
         choices: list[Choice] = []
         progress = tqdm(chosen, desc="students", disable=not self.verbose)
@@ -223,12 +228,11 @@ class SiteStudents:
                 fit = family.fit(size, refined=True)
             student = self._student(site, fit)
             compressed = swap_block(compressed, site.span, student, inplace=True)
-            numbers = {id(p): p for module in site.modules for p in module.parameters()}
             choices.append(
                 Choice(
                     block=site.name,
                     student=described(site.layout, size),
-                    parameters_before=sum(p.numel() for p in numbers.values()),
+                    parameters_before=_numbers(site),
                     parameters=student.parameters_stored,
                     activation_error=math.sqrt(fit.error(held_out)),
                     output_change=math.sqrt(predicted),
@@ -327,6 +331,12 @@ class SiteStudents:
                     offset = self._offsets.setdefault(site.key, X.mean(axis=0))
                     total.update(X - offset, Y, np.ones((len(X), 1), dtype=bool))
         return sums
+
+
+def _numbers(site: Site) -> int:
+    """Parameters of what a site's student stands in for."""
+    own = {id(p): p for module in site.modules for p in module.parameters()}
+    return sum(p.numel() for p in own.values())
 
 
 def _check_finite(block: str, input: Tensor, output: Tensor) -> None:

@@ -23,10 +23,11 @@ batches, the gated one by Adam, magnitude pruning, truncated singular value deco
 regression. Which student of a kind is best, and which kind, is decided by how many held-out images
 it classifies otherwise than the teacher.
 
-Times are CPU seconds on one thread. The best convex student's time T at a size, its ``compress`` or
-``distill`` call from first to last, is Adam's measure: each setting (learning rate, kernel, plain
-or weighted loss) is tried for T / 4, the best of a kind trained for T, and the best of all ReLU
-students for 10 T.
+Times are CPU seconds on one thread. One ``Compressor`` makes the students of all sizes of a block,
+and one ``distill`` call the gated ones; what the sizes share counts for each as its equal part. The
+best convex student's time T at a size, but at least 5 s, is Adam's measure: each setting (learning
+rate, kernel, plain or weighted loss) is tried for T / 4, the best of a kind trained for T, and the
+best of all ReLU students for 10 T.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from contest import (
     Measures,
     Opponents,
     block_numbers,
-    compressed,
+    compressing,
     distilled,
     inside,
     make_task,
@@ -94,29 +95,36 @@ class Contest:
         self.opponents = Opponents(self.task, block, self.measures)
         self.whole = block_numbers(self.task.model, block.name)
         self.sites = inside(self.task, [block.name])
-        self._distilled: Callable[[str, int], Made] | None = None
+        self._ways: dict[str, Callable[[int], Made]] = {}
 
     def budget(self, m: int) -> int:
         """Numbers of the paper's student with m filters."""
         data = self.opponents.fitted
         return table1_parameters(data.inputs.shape[1], data.outputs.shape[1], m)
 
+    @property
+    def sizes(self) -> int:
+        """How many sizes of the figure are smaller than the block."""
+        return sum(self.budget(m) < self.whole for m in FILTERS)
+
+    def _prepared(self) -> dict[str, Callable[[int], Made]]:
+        name, task, whole, n = self.block.name, self.task, self.whole, self.sizes
+        gated = distilled(task, name, self.block.match, n)
+        return {
+            "linear": compressing(task, [name], whole, n),
+            "several": compressing(task, self.sites, whole, n),
+            "sparse": compressing(task, self.sites, whole, n, sparse=True),
+            "gated": lambda budget: gated("gated", budget),
+        }
+
     def students(self, m: int) -> Iterator[tuple[str, Made]]:
         """All of them, the convex ones first."""
         budget = self.budget(m)
-        name, match = self.block.name, self.block.match
-        self._distilled = self._distilled or distilled(self.task, name, match)
-        of_gates = self._distilled
-        ways: dict[str, Callable[[], Made]] = {
-            "linear": lambda: compressed(self.task, [self.block.name], self.whole, budget),
-            "several": lambda: compressed(self.task, self.sites, self.whole, budget),
-            "sparse": lambda: compressed(self.task, self.sites, self.whole, budget, sparse=True),
-            "gated": lambda: of_gates("gated", budget),
-        }
+        self._ways = self._ways or self._prepared()
         convex: list[Made] = []
-        for name, way in ways.items():
+        for name, way in self._ways.items():
             try:
-                convex.append(way())
+                convex.append(way(budget))
             except ValueError as error:
                 print(f"{self.block.name}, {m} filters, {name}: {error}")
                 continue
@@ -137,6 +145,7 @@ class Both:
         self.measures = Measures(self.task, None)
         self.whole = sum(contest.whole for contest in contests)
         self.sites = inside(self.task, [*self.names, ":".join(self.names)])
+        self._ways: dict[str, Callable[[int], Made]] = {}
 
     def budget(self, m: int) -> int:
         """Of both together."""
@@ -144,15 +153,17 @@ class Both:
 
     def students(self, m: int, made: list[dict[str, Made]]) -> Iterator[tuple[str, Made]]:
         """``compress`` of both, and what was made of each, put together."""
+        n = min(contest.sizes for contest in self.contests)
+        self._ways = self._ways or {
+            name: compressing(self.task, self.sites, self.whole, n, sparse=name == "sparse")
+            for name in ("several", "sparse")
+        }
         convex = []
-        for name in ("several", "sparse"):
-            sparse = name == "sparse"
-            convex.append(
-                compressed(self.task, self.sites, self.whole, self.budget(m), sparse=sparse)
-            )
+        for name, way in self._ways.items():
+            convex.append(way(self.budget(m)))
             yield name, convex[-1]
         for name in made[0]:
-            if name in ("several", "sparse") or not all(name in of_block for of_block in made):
+            if name in self._ways or not all(name in of_block for of_block in made):
                 continue
             model = self.task.model
             for block, of_block in zip(self.names, made, strict=True):

@@ -30,7 +30,7 @@ kept. It then trains on all images, those held out too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -52,7 +52,7 @@ from contest import (
     Opponents,
     Task,
     block_numbers,
-    compressed,
+    compressing,
     distilled,
     inside,
 )
@@ -111,7 +111,14 @@ class Few:
         self.opponents = Opponents(self.task, BLOCK, self.measures)
         self.whole = block_numbers(self.task.model, BLOCK.name)
         self.sites = inside(self.task, [BLOCK.name])
-        self.within = distilled(self.task, BLOCK.name, "outputs")
+        name, whole, n = BLOCK.name, self.whole, len(FILTERS)
+        within = distilled(self.task, name, "outputs", n)
+        self.ways: dict[str, Callable[[int], Made]] = {
+            LINEAR: compressing(self.task, [name], whole, n),
+            SEVERAL: compressing(self.task, self.sites, whole, n),
+            GATED: lambda budget: within("gated", budget),
+            DISTILLED: lambda budget: within("linear", budget),
+        }
 
     def budget(self, m: int) -> int:
         """Numbers of the paper's student with m filters."""
@@ -122,14 +129,9 @@ class Few:
         """All of a size, and what is to be kept of them; without settings Adam's are tuned."""
         budget = self.budget(m)
         made: dict[str, Made] = {}
-        for name, convex in {
-            LINEAR: lambda: compressed(self.task, [BLOCK.name], self.whole, budget),
-            SEVERAL: lambda: compressed(self.task, self.sites, self.whole, budget),
-            GATED: lambda: self.within("gated", budget),
-            DISTILLED: lambda: self.within("linear", budget),
-        }.items():
+        for name, convex in self.ways.items():
             with suppress(ValueError):  # None is so small.
-                made[name] = convex()
+                made[name] = convex(budget)
                 yield name, made[name], {}
         yield BEST, self.opponents.best([made[n] for n in made if n != DISTILLED]), {}
         for name, other in self.opponents.quick(budget):

@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 
 import cvxdistill  # noqa: E402
 from cvxdistill.adapters import LinearStudent  # noqa: E402
+from cvxdistill.site_students import SiteStudents  # noqa: E402
 from cvxdistill.solvers.random_order import random_order  # noqa: E402
 
 
@@ -825,3 +826,37 @@ def test_sparse_students_are_saved_exported_and_quantised(net, tmp_path):
     pytest.importorskip("onnxruntime")
     assert result.export_onnx(tmp_path / "small.onnx") < 1e-4
     smaller.export_onnx(tmp_path / "int8.onnx")
+
+
+def test_a_compressor_gives_what_compress_gives_in_any_order(net, monkeypatch):
+    data = images()
+    calls = []
+    measure = SiteStudents.measure_students
+    monkeypatch.setattr(
+        SiteStudents, "measure_students", lambda self, *args: calls.append(measure(self, *args))
+    )
+    compressor = cvxdistill.Compressor(net, data, verbose=0)
+    assert "Compressor(Net, " in repr(compressor) and "240 examples" in repr(compressor)
+    budgets: list[dict[str, Any]] = [
+        {"max_parameters": numbers(net) // 2},
+        {"max_bytes": stored_bytes(net) // 3},
+        {"max_error": 0.3},
+        {"max_parameters": numbers(net) // 3},
+    ]
+    found = [compressor.compress(**budget) for budget in budgets[::-1]][::-1]
+    assert len(calls) == 1
+    for budget, result in zip(budgets, found, strict=True):
+        alone = compress(net, data, **budget)
+        assert (alone.after, alone.error) == (result.after, result.error)
+        assert [c.student for c in alone.choices] == [c.student for c in result.choices]
+        np.testing.assert_array_equal(outputs(alone.model, data), outputs(result.model, data))
+
+
+def test_a_compressor_refuses_budgets_that_cannot_be(net):
+    compressor = cvxdistill.Compressor(net, images(), verbose=0)
+    with pytest.raises(ValueError, match="give one of max_parameters, max_bytes, max_error"):
+        compressor.compress()
+    with pytest.raises(ValueError, match="max_parameters=1 cannot be met: the smallest"):
+        compressor.compress(max_parameters=1)
+    with pytest.raises(TypeError, match="max_error must be a number"):
+        compressor.compress(max_error="small")
