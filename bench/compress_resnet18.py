@@ -1,4 +1,4 @@
-"""A whole ResNet-18 made 15 to 60 times smaller by one call of ``compress`` each.
+"""A whole ResNet-18 made 15 to 60 times smaller by one ``Compressor``.
 
     CVXDISTILL_DATA=... python bench/compress_resnet18.py
 
@@ -36,9 +36,15 @@ CACHE = HERE / ".cache"
 @click.option("--times", default="15,20,40,60", show_default=True, help="How much smaller.")
 @click.option("--test-images", default=None, type=int, help="All 10,000 by default.")
 @click.option("--threads", default=None, type=int, help="Of torch.")
+@click.option("--sparse", is_flag=True, help="Students of few weights, too; into bench/.cache.")
 @click.option("--verbose", default=0, show_default=True)
 def main(
-    images: int, times: str, test_images: int | None, threads: int | None, verbose: int
+    images: int,
+    times: str,
+    test_images: int | None,
+    threads: int | None,
+    sparse: bool,
+    verbose: int,
 ) -> None:
     """Compress, measure, and write a table and a picture."""
     if threads:
@@ -52,17 +58,16 @@ def main(
     before = sum(p.numel() for p in teacher.model.parameters())
     top = accuracy(teacher.model, test_inputs, labels)
     print(f"teacher: {before:,} parameters, accuracy {top:.4f}", flush=True)
+    start = time.perf_counter()
+    compressor = cvxdistill.Compressor(
+        teacher.model, inputs, criterion="agreement", sparse=sparse, verbose=verbose
+    )
+    curves = time.perf_counter() - start
     rows: list[dict[str, Any]] = []
     figure, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for factor in sorted(float(text) for text in times.split(",")):
         start = time.perf_counter()
-        result = cvxdistill.compress(
-            teacher.model,
-            inputs,
-            max_parameters=int(before / factor),
-            criterion="agreement",
-            verbose=verbose,
-        )
+        result = compressor.compress(max_parameters=int(before / factor))
         seconds = time.perf_counter() - start
         print(f"\n{result}\n", flush=True)
         reached = accuracy(result.model, test_inputs, labels)
@@ -77,6 +82,7 @@ def main(
                 "classified_otherwise": result.error,
                 "accuracy": reached,
                 "loss_points": 100 * (top - reached),
+                "seconds_of_curves": curves,
                 "seconds": seconds,
             }
         )
@@ -89,7 +95,7 @@ def main(
     ax.set(xscale="log", xlabel="parameters", ylabel="held-out examples classified otherwise")
     ax.set_title(f"ResNet-18 on CIFAR-10 ({100 * top:.2f} %), no labels, no fine-tuning")
     ax.legend(fontsize=8)
-    whole = images == 50_000 and test_images is None
+    whole = images == 50_000 and test_images is None and not sparse
     output = RESULTS if whole else CACHE / "compress_resnet18"
     output.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
