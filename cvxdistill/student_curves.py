@@ -178,7 +178,7 @@ class Family:
         *,
         sparse: bool,
     ) -> None:
-        self.ridge, self.layout, self.weighting = ridge, layout, weighting
+        self.ridge, self.layout = ridge, layout
         self.sparse: SparseRidge | None = None
         if sparse and not is_wide(layout):
             root = None if weighting is None else np.linalg.inv(weighting.inverse)

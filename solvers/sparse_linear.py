@@ -127,6 +127,8 @@ class SparseRidge:
     def fit(self, count: int) -> SparseFit:
         """The student of ``count`` weights.
 
+        The second stage goes on where a fit of more weights left it.
+
         Raises
         ------
         ValueError
