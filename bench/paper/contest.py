@@ -44,7 +44,7 @@ PILOT, LONG = 0.25, 10
 # Of the gated students: gates, their features at most, and the most seconds for each alpha.
 GATES, MOST_FEATURES, SECONDS_AN_ALPHA = 16, 6000, 5.0
 # The least CPU seconds that Adam has.
-LEAST_SECONDS = 5.0
+LEAST_SECONDS = 10.0
 
 
 @dataclass(frozen=True)

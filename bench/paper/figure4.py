@@ -25,7 +25,7 @@ it classifies otherwise than the teacher.
 
 Times are CPU seconds on one thread. One ``Compressor`` makes the students of all sizes of a block,
 and one ``distill`` call the gated ones; what the sizes share counts for each as its equal part. The
-best convex student's time T at a size, but at least 5 s, is Adam's measure: each setting (learning
+best convex student's time T at a size, but at least 10 s, is Adam's measure: each setting (learning
 rate, kernel, plain or weighted loss) is tried for T / 4, the best of a kind trained for T, and the
 best of all ReLU students for 10 T.
 """

@@ -45,7 +45,6 @@ import pandas as pd
 from baselines import AdamSettings
 from contest import (
     BEST,
-    LEAST_SECONDS,
     LONG,
     Made,
     Measures,
@@ -59,6 +58,7 @@ from contest import (
 from few_per_class import (
     BLOCK,
     CLASSES,
+    LEAST_SECONDS,
     Drawing,
     all_images,
     as_settings,
