@@ -67,6 +67,7 @@ from few_per_class import (
 )
 from figure4 import FILTERS
 from machine import describe_machine
+from matplotlib.ticker import LogLocator, NullFormatter
 from one_vs_all import STRENGTHS, Point, path
 from unfinished import append_rows, read_rows
 
@@ -333,6 +334,9 @@ def draw_sweep(table: pd.DataFrame, file: Any) -> None:
         axis.axhline(ridge, color="C7", ls="--", lw=1, label="ridge, full map")
         axis.axhline(top, color="black", lw=0.8, ls=":", label="teacher")
         axis.set(xscale="log", xlabel="CPU seconds", title=f"{count:,} a class, {_seeds(here)}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
     np.atleast_1d(axes)[0].set_ylabel("test accuracy [%]")
     np.atleast_1d(axes)[0].legend(fontsize=8)
     figure.suptitle("layer4 as a dense student along a path: means and 2 standard deviations")
