@@ -295,6 +295,9 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         if arguments[name] is not None or name == "batch_size":
             _check_count(arguments[name], name)
     _check_number(arguments["validation_fraction"], "validation_fraction", 1.0)
+    for name in ("sparse", "sequential"):
+        if not isinstance(arguments[name], (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {arguments[name]!r}.")
     if arguments["criterion"] not in CRITERIA:
         raise ValueError(
             f"criterion must be one of {', '.join(CRITERIA)}, got {arguments['criterion']!r}."

@@ -523,6 +523,8 @@ def test_masks_of_tokens_serve_a_model_that_returns_none(form):
         ({"max_error": 0.1, "blocks": ["body", 3]}, TypeError, "dotted name"),
         ({"max_error": 0.1, "blocks": ["relu"]}, ValueError, "called 3 times"),
         ({"max_error": 0.1, "mask": 3}, TypeError, "mask must be"),
+        ({"max_error": 0.1, "sparse": "yes"}, TypeError, "sparse must be True or False"),
+        ({"max_error": 0.1, "sequential": None}, TypeError, "sequential must be True or False"),
     ],
 )
 def test_bad_arguments_are_refused(net, options, error, message):
