@@ -114,6 +114,7 @@ def compress(
     Varshney and Pilanci 2024, section 4.1; Izenman 1975 (reduced-rank regression); Frantar and
     Alistarh 2022 (layers of few weights).
     """
+    # Before any work is done.
     check_budgets(max_parameters, max_bytes, max_error)
     return Compressor(
         model,

@@ -20,8 +20,8 @@ from cvxdistill.solvers import CentredMoments, GatedStatistics, LinearFit, Spars
 from cvxdistill.solvers.threads import one_blas_thread
 from cvxdistill.streamed_block import pooled_features
 from cvxdistill.student_curves import (
-    Family,
     Size,
+    StudentFamily,
     Weighting,
     best_ridge,
     described,
@@ -168,14 +168,16 @@ class SiteStudents:
         change = change_when_rewritten(self.model, site.span, tried.rewritten, batches)
         return tried if change <= UNCHANGED else otherwise
 
-    def _family(self, site: Site, sums: GatedStatistics, held_out: CentredMoments) -> Family:
+    def _family(self, site: Site, sums: GatedStatistics, held_out: CentredMoments) -> StudentFamily:
         from cvxdistill.adapters import input_channels
 
         ridge = best_ridge(CentredMoments.of(sums), held_out, input_channels(site.layout))
         weighting = self._weightings.get(site.key)
-        return Family(ridge, site.layout, weighting, sparse=self.sparse)
+        return StudentFamily(ridge, site.layout, weighting, sparse=self.sparse)
 
-    def _changes(self, site: Site, family: Family, sizes: list[tuple[Size, float]]) -> np.ndarray:
+    def _changes(
+        self, site: Site, family: StudentFamily, sizes: list[tuple[Size, float]]
+    ) -> np.ndarray:
         """Of every size: measured for some, in proportion to the activation error between."""
         from cvxdistill.adapters import swap_block
 
@@ -316,11 +318,11 @@ class SiteStudents:
             for site, weighting, total, (_, output), (input, _) in zip(
                 sites, weightings, sums, pairs, taken, strict=True
             ):
-                _check_finite(site.name, input, output)
                 keep = self._keep(site.name, number, batch, which, (input, output))
                 # As many rows as the share of the examples that has been gone through.
                 wanted = math.ceil(rows_per_feature * site.layout.n_features * done / count)
                 if wanted > total.n:
+                    _check_finite(site.name, input, output)
                     if weighting is not None and weighting.pooled:
                         X, Y = _pooled_rows(site, input, output, wanted - total.n)
                     else:

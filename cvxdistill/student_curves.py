@@ -157,7 +157,7 @@ class Weighting:
         return torch.zeros_like(outputs).index_copy(axis, written, few)
 
 
-class Family:
+class StudentFamily:
     """The students of one site.
 
     Parameters

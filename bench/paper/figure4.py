@@ -33,6 +33,7 @@ best of all ReLU students for 10 T.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,6 @@ class Contest:
         self.opponents = Opponents(self.task, block, self.measures)
         self.whole = block_numbers(self.task.model, block.name)
         self.sites = inside(self.task, [block.name])
-        self._ways: dict[str, Callable[[int], Made]] = {}
 
     def budget(self, m: int) -> int:
         """Numbers of the paper's student with m filters."""
@@ -107,7 +107,9 @@ class Contest:
         """How many sizes of the figure are smaller than the block."""
         return sum(self.budget(m) < self.whole for m in FILTERS)
 
-    def _prepared(self) -> dict[str, Callable[[int], Made]]:
+    @cached_property
+    def ways(self) -> dict[str, Callable[[int], Made]]:
+        """What makes a convex student within a budget, by its name."""
         name, task, whole, n = self.block.name, self.task, self.whole, self.sizes
         gated = distilled(task, name, self.block.match, n)
         return {
@@ -120,9 +122,8 @@ class Contest:
     def students(self, m: int) -> Iterator[tuple[str, Made]]:
         """All of them, the convex ones first."""
         budget = self.budget(m)
-        self._ways = self._ways or self._prepared()
         convex: list[Made] = []
-        for name, way in self._ways.items():
+        for name, way in self.ways.items():
             try:
                 convex.append(way(budget))
             except ValueError as error:
@@ -145,25 +146,28 @@ class Both:
         self.measures = Measures(self.task, None)
         self.whole = sum(contest.whole for contest in contests)
         self.sites = inside(self.task, [*self.names, ":".join(self.names)])
-        self._ways: dict[str, Callable[[int], Made]] = {}
 
     def budget(self, m: int) -> int:
         """Of both together."""
         return sum(contest.budget(m) for contest in self.contests)
 
-    def students(self, m: int, made: list[dict[str, Made]]) -> Iterator[tuple[str, Made]]:
-        """``compress`` of both, and what was made of each, put together."""
+    @cached_property
+    def ways(self) -> dict[str, Callable[[int], Made]]:
+        """What makes students of both within a budget, by its name."""
         n = min(contest.sizes for contest in self.contests)
-        self._ways = self._ways or {
+        return {
             name: compressing(self.task, self.sites, self.whole, n, sparse=name == "sparse")
             for name in ("several", "sparse")
         }
+
+    def students(self, m: int, made: list[dict[str, Made]]) -> Iterator[tuple[str, Made]]:
+        """``compress`` of both, and what was made of each, put together."""
         convex = []
-        for name, way in self._ways.items():
+        for name, way in self.ways.items():
             convex.append(way(self.budget(m)))
             yield name, convex[-1]
         for name in made[0]:
-            if name in self._ways or not all(name in of_block for of_block in made):
+            if name in self.ways or not all(name in of_block for of_block in made):
                 continue
             model = self.task.model
             for block, of_block in zip(self.names, made, strict=True):
