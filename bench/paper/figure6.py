@@ -30,8 +30,9 @@ kept. It then trains on all images, those held out too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -202,13 +203,27 @@ def placed(task: Task, point: Point) -> Made:
     return Made(model, point.numbers, point.seconds, about, point.gap)
 
 
-def chosen(rows: list[Row], **where: Any) -> Row | None:
-    """Adam's settings of seed 0, from the rows that are done."""
+def rows_where(unfinished: Path, **where: Any) -> list[Row]:
+    """What is done, by this run or another, of some seed and size."""
+    rows = read_rows(unfinished)
+    return [row for row in rows if all(row[name] == value for name, value in where.items())]
+
+
+def chosen(rows: list[Row], seed: int, **where: Any) -> Row | None:
+    """Adam's settings of seed 0, from the rows that are done; None for that seed itself.
+
+    Raises
+    ------
+    RuntimeError
+        If seed 0 is not done.
+    """
+    if seed == 0:
+        return None
     for row in rows:
         of_adam = row["seed"] == 0 and row["student"] == ADAM
         if of_adam and all(row[name] == value for name, value in where.items()):
             return {name: row[name] for name in ("learning_rate", "weighted")}
-    return None
+    raise RuntimeError(f"seed 0, on whose images Adam is tuned, comes first; not done: {where}.")
 
 
 def bands(table: pd.DataFrame, by: list[str], column: str = "accuracy") -> pd.DataFrame:
@@ -348,22 +363,18 @@ def _seeds(table: pd.DataFrame) -> str:
     return f"{table['seed'].nunique()} seeds"
 
 
-def part_3b(drawing: Drawing, seeds: int, quick: bool, unfinished: Any) -> pd.DataFrame:
+def part_3b(drawing: Drawing, seeds: Sequence[int], quick: bool, unfinished: Any) -> pd.DataFrame:
     """All seeds and sizes that are not done yet, and then all rows."""
     a_class, sizes = (QUICK_A_CLASS, QUICK_FILTERS) if quick else (A_CLASS, FILTERS)
-    rows = read_rows(unfinished)
-    for seed in range(seeds):
-        done = {row["filters"] for row in rows if row["seed"] == seed}
-        if done >= set(sizes):
+    for seed in seeds:
+        left = [m for m in sizes if not rows_where(unfinished, seed=seed, filters=m)]
+        if not left:
             continue
         few = Few(drawing, a_class, seed)
-        for m in sizes:
-            if m in done:
-                continue
-            kept = chosen(rows, filters=m)
+        for m in left:
+            kept = chosen(read_rows(unfinished), seed, filters=m)
             new = list(few.rows(m, None if kept is None else as_settings(kept)))
             append_rows(unfinished, new)
-            rows += new
             for row in new:
                 print(
                     f"seed {seed}, {m} filters, {row['student']}: {row['parameters']:,} of "
@@ -371,24 +382,23 @@ def part_3b(drawing: Drawing, seeds: int, quick: bool, unfinished: Any) -> pd.Da
                     f"{row['settings']}",
                     flush=True,
                 )
-    return pd.DataFrame([row for row in rows if row["seed"] < seeds])
+    return pd.DataFrame([row for seed in seeds for row in rows_where(unfinished, seed=seed)])
 
 
-def part_6(drawing: Drawing, seeds: int, quick: bool, unfinished: Any) -> pd.DataFrame:
+def part_6(drawing: Drawing, seeds: Sequence[int], quick: bool, unfinished: Any) -> pd.DataFrame:
     """All seeds and numbers of images that are not done yet, and then all rows."""
     sweep, strengths = (QUICK_SWEEP, QUICK_STRENGTHS) if quick else (SWEEP, STRENGTHS)
-    rows = read_rows(unfinished)
-    done = {(row["seed"], row["images_a_class"]) for row in rows}
-    for seed in range(seeds):
+    for seed in seeds:
         for a_class, most in sweep.items():
-            if (seed, a_class) in done or seed >= most:
+            where = {"images_a_class": a_class}
+            if rows_where(unfinished, seed=seed, **where) or seed >= most:
                 continue
-            known = {s: chosen(rows, images_a_class=a_class, strength=s) for s in strengths}
+            rows = read_rows(unfinished)
+            known = {s: chosen(rows, seed, strength=s, **where) for s in strengths}
             ways = {s: kept for s, kept in known.items() if kept is not None}
             task = drawing.task(a_class, seed)
             new = list(along_path(task, a_class, seed, strengths, ways))
             append_rows(unfinished, new)
-            rows += new
             for row in new:
                 print(
                     f"seed {seed}, {CLASSES * a_class:,} images, {row['strength']:g}, "
@@ -396,7 +406,7 @@ def part_6(drawing: Drawing, seeds: int, quick: bool, unfinished: Any) -> pd.Dat
                     f"{100 * row['accuracy']:.2f} %, {row['seconds']:.1f} s, {row['settings']}",
                     flush=True,
                 )
-    return pd.DataFrame([row for row in rows if row["seed"] < seeds])
+    return pd.DataFrame([row for seed in seeds for row in rows_where(unfinished, seed=seed)])
 
 
 PARTS = {
@@ -410,16 +420,22 @@ PARTS = {
     "--part", multiple=True, default=[*PARTS], show_default=True, type=click.Choice([*PARTS])
 )
 @click.option("--seeds", default=SEEDS, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.IntRange(0),
+    help="Only this one of the seeds; may be given more than once. Another run may do the others.",
+)
 @click.option("--quick", is_flag=True, help="Two seeds of fewer images and sizes.")
-def main(part: tuple[str, ...], seeds: int, quick: bool) -> None:
+def main(part: tuple[str, ...], seeds: int, only: tuple[int, ...], quick: bool) -> None:
     """Fit, measure, print the tables and write them with their pictures.
 
     An interrupted run goes on where it stopped. Fewer seeds are written to bench/.cache.
     """
     cpu_clock.one_thread()
     print(describe_machine("numpy", "torch", "numba", "cvxdistill"), flush=True)
-    seeds = min(seeds, QUICK_SEEDS) if quick else seeds
-    everything = seeds >= SEEDS and not quick
+    wanted = only or tuple(range(min(seeds, QUICK_SEEDS) if quick else seeds))
+    everything = set(wanted) >= set(range(SEEDS)) and not quick
     folder = cpu_clock.RESULTS if everything else cpu_clock.CACHE
     for place in (folder, cpu_clock.CACHE):
         place.mkdir(parents=True, exist_ok=True)
@@ -427,7 +443,9 @@ def main(part: tuple[str, ...], seeds: int, quick: bool) -> None:
     for name in part:
         title, compute, draw, summaries = PARTS[name]
         unfinished = cpu_clock.CACHE / f"{title}{'_quick' if quick else ''}.jsonl"
-        table = compute(drawing, seeds, quick, unfinished)
+        table = compute(drawing, wanted, quick, unfinished)
+        if only:
+            continue
         output = folder / title
         table.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
         draw(table, output.with_suffix(".png"))

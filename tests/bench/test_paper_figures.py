@@ -415,8 +415,38 @@ def test_adams_settings_are_those_of_the_first_seed():
         return {"seed": seed, "student": student, "filters": filters, **kept}
 
     rows = [row(1, 0.1), row(0, 0.2, filters=4), row(0, 0.3, "linear"), row(0, 0.4)]
-    assert figure6.chosen(rows, filters=8) == {"learning_rate": 0.4, "weighted": True}
-    assert figure6.chosen(rows[:3], filters=8) is None
+    assert figure6.chosen(rows, 1, filters=8) == {"learning_rate": 0.4, "weighted": True}
+    assert figure6.chosen(rows, 0, filters=8) is None
+    with pytest.raises(RuntimeError, match="seed 0"):
+        figure6.chosen(rows[:3], 1, filters=8)
+
+
+def test_seeds_may_be_shared_by_several_runs(tmp_path, monkeypatch):
+    import figure6
+
+    class Few:
+        def __init__(self, drawing, a_class, seed):
+            self.seed = seed
+
+        def rows(self, m, way):
+            made.append((self.seed, m, way and way.learning_rate))
+            row = {"seed": self.seed, "filters": m, "budget": m, "student": figure6.ADAM}
+            row |= {"parameters": 1, "accuracy": 0.5, "seconds": 1.0, "settings": ""}
+            return [row | {"learning_rate": m / 100, "weighted": False}]
+
+    made = []
+    monkeypatch.setattr(figure6, "Few", Few)
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(RuntimeError, match="seed 0"):
+        figure6.part_3b(None, [1], True, file)
+    figure6.part_3b(None, [0], True, file)
+    figure6.part_3b(None, [2], True, file)
+    table = figure6.part_3b(None, [0, 1, 2], True, file)
+    small, large = figure6.QUICK_FILTERS
+    assert made == [
+        (seed, m, None if seed == 0 else m / 100) for seed in (0, 2, 1) for m in (small, large)
+    ]
+    assert table["seed"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def _measured(rows):
