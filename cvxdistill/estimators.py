@@ -68,8 +68,9 @@ class ConvexNNRegressor(RegressorMixin, MultiOutputMixin, ConvexNN):
     n_gates : int, default=100
         Number of gates to sample, or to generate at most. Gates with equal or empty patterns on
         the rows of positive weight are dropped. Ignored when ``gates`` is an array.
-    solver : {"auto", "rfista", "ridge_newton", "augmented_lagrangian", "admm"}, default="auto"
-        How to solve the programme; not every solver suits every one (see ``choose_solver``).
+    solver : str, default="auto"
+        "auto", "block_descent", "rfista", "ridge_newton", "augmented_lagrangian" or "admm": how to
+        solve the programme; not every solver suits every one (see ``choose_solver``).
     fit_intercept : bool, default=True
         Whether there is an unpenalised offset b.
     normalize : bool, default=False
@@ -234,8 +235,9 @@ class ConvexNNClassifier(ClassifierMixin, ConvexNN):
     n_gates : int, default=100
         Number of gates to sample, or to generate at most. Gates with equal or empty patterns on
         the rows of positive weight are dropped. Ignored when ``gates`` is an array.
-    solver : {"auto", "rfista", "ridge_newton", "augmented_lagrangian", "admm"}, default="auto"
-        How to solve the programme; not every solver suits every one (see ``choose_solver``).
+    solver : str, default="auto"
+        "auto", "block_descent", "rfista", "ridge_newton", "augmented_lagrangian" or "admm": how to
+        solve the programme; not every solver suits every one (see ``choose_solver``).
     class_weight : dict or "balanced", optional
         Weights of the classes, multiplied with the sample weights.
     fit_intercept : bool, default=True

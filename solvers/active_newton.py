@@ -29,6 +29,8 @@ from scipy import linalg
 DAMPING, SINGLE_DAMPING = 1e-11, 1e-6
 # Of conjugate gradients with such a factor of the same matrix: relative residual and most steps.
 EXACT, REFINEMENTS = 1e-4, 4
+# Of the line search: usually, and where the step is still 0.
+BISECTIONS, MOST_BISECTIONS = 20, 60
 
 
 def direction_from_gram(
@@ -358,7 +360,10 @@ def step_length(
     if derivative(1.0) <= 0:
         return 1.0
     low, high = 0.0, 1.0
-    for _ in range(20):
+    # Directions of a nearly singular Hessian are long: the best step may be a tiny share of one.
+    for step in range(MOST_BISECTIONS):
+        if step >= BISECTIONS and low > 0:
+            break
         middle = (low + high) / 2
         if derivative(middle) <= 0:
             low = middle

@@ -31,7 +31,7 @@ from cvxdistill.solvers.fista import ConeComposite
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
-from cvxdistill.solvers.solver import Solver, State
+from cvxdistill.solvers.solver import IterativeSolver, State
 
 # rho begins at this share of the mean eigenvalue of beta H.
 FIRST_RHO = 0.3
@@ -69,7 +69,7 @@ class ADMMState(State):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADMM(Solver):
+class ADMM(IterativeSolver):
     """Alternating direction method of multipliers for ReLU networks, any loss and penalty.
 
     The linear systems are solved with a cached factorisation on the smaller side of A, or by
@@ -78,7 +78,7 @@ class ADMM(Solver):
     Parameters
     ----------
     tol, max_iter, time_limit, check_every, verbose
-        As for every solver.
+        As for every iterative solver.
     relaxation : float in [1, 2), default=1.8
     rho : float, optional
         Penalty parameter to begin with; by default 0.3 times the mean eigenvalue of beta H.

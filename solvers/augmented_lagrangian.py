@@ -25,7 +25,7 @@ from cvxdistill.solvers.cones import cone_projection
 from cvxdistill.solvers.fista import RFISTA, FISTAState
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
-from cvxdistill.solvers.solver import Solver
+from cvxdistill.solvers.solver import IterativeSolver
 
 # Iterations between two looks at whether the subproblem is solved well enough, and the most that
 # one subproblem gets: in float32 what a step promises ends up as rounding.
@@ -88,7 +88,7 @@ class AugmentedLagrangianState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentedLagrangian(Solver):
+class AugmentedLagrangian(IterativeSolver):
     """Augmented Lagrangian method for ReLU networks, for any loss and penalty.
 
     One iteration is one step of R-FISTA on the subproblem, from W to V+ with step size s. The

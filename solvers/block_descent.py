@@ -40,6 +40,10 @@ from cvxdistill.solvers.group_penalties import Penalties
 ACTIVE_SWEEPS = 4
 # Newton's step comes when sweeps have cost a share of it: at first, at least and at most.
 FIRST_SHARE, LEAST_SHARE, MOST_SHARE = 0.3, 0.15, 0.6
+# Sweeps over all groups without a smaller gap after which rounding is all that is left.
+MOST_IDLE = 50
+# By how much an objective may seem to rise.
+ROUNDING = 1e-12
 # What an operation of a sweep costs in those of a matrix product.
 SWEEP_COST = 4.0
 
@@ -122,17 +126,23 @@ class BlockDescent(ABC):
         return (1 - s) ** 2 * self.fit() + penalties.value(self.B) + conjugate - s * pull
 
     def minimise(self, penalties: Penalties, target: float, most_sweeps: int = 100_000) -> int:
-        """Descend until the duality gap is at most ``target``; return the number of sweeps.
+        """Descend until the duality gap is at most ``target``, or no longer falls.
+
+        Returns the number of sweeps.
 
         A sweep over all groups finds out those that are not zero. Some sweeps over these follow,
         which Anderson's method extrapolates, or, when sweeps have cost enough, Newton's step.
         """
         sweeps, work, steps = 0, 0.0, 0
+        best, idle = np.inf, 0
         while sweeps < most_sweeps:
             largest = self.sweep(penalties)
             sweeps += 1
             P = self.gradient()
-            if self.gap(penalties, P) <= target or not largest > 0:
+            gap = self.gap(penalties, P)
+            idle = 0 if gap < 0.999 * best else idle + 1
+            best = min(best, gap)
+            if gap <= target or not largest > 0 or idle >= MOST_IDLE:
                 # The next programme is like this one: have less patience if it took a step.
                 wanted = self.share * (0.7 if steps else 1.4)
                 self.share = min(max(wanted, LEAST_SHARE), MOST_SHARE)
@@ -174,7 +184,10 @@ class BlockDescent(ABC):
             self.B, self.shadow = here
 
     def newton_step(self, penalties: Penalties, P: np.ndarray) -> None:
-        """Go along Newton's direction on the groups that are not zero as far as it is best."""
+        """Go along Newton's direction on the groups that are not zero as far as it is best.
+
+        Where the Hessian is singular but for rounding, that may be nowhere.
+        """
         lengths = penalties.lengths(self.B)
         active = np.flatnonzero((lengths > 0) | (penalties.norm == 0))
         local, features = penalties.of(active), penalties.features(active)
@@ -194,8 +207,11 @@ class BlockDescent(ABC):
             np.add.reduceat(np.einsum("mc,mc->m", B, change), first),
             np.add.reduceat(np.einsum("mc,mc->m", change, change), first),
         )
+        shadow, before = self.shadow.copy(), self.fit() + penalties.value(self.B)
         self.B[features] = B + tau * change
         self.shadow -= tau * image
+        if not self.fit() + penalties.value(self.B) <= before * (1 + ROUNDING):
+            self.B[features], self.shadow[...] = B, shadow
 
 
 @numba.njit(cache=True, nogil=True)

@@ -1,81 +1,118 @@
-"""Block coordinate descent for group elastic nets: its settings, one solve, a whole path."""
+"""Block coordinate descent for groups of features: its settings, one solve, a whole path."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from tqdm import tqdm
 
+from cvxdistill.solvers.gate_group_descent import GateGroupDescent
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
 from cvxdistill.solvers.group_solution import GroupPath, GroupSolution
 from cvxdistill.solvers.path import alpha_grid, decreasing_alphas
+from cvxdistill.solvers.problem import ConvexProblem
+from cvxdistill.solvers.solution import Solution
+from cvxdistill.solvers.solver import Callback, Solver
 from cvxdistill.solvers.threads import one_blas_thread
 from cvxdistill.solvers.working_set_descent import WorkingSetDescent
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockCoordinateDescent:
-    """Block coordinate descent for group elastic nets.
+class BlockCoordinateDescent(Solver):
+    """Block coordinate descent for group elastic nets, and gated ReLU programmes that are such.
+
+    On a working set of groups, with exact minimisation of each group and steps of Newton's method
+    on those that are not zero; see ``cvxdistill.solvers.working_set_descent``.
 
     Parameters
     ----------
     tol : float, default=1e-4
         Stop when the duality gap is at most tol times the objective.
     max_iter : int, default=100_000
-        Sweeps for each alpha.
+        Sweeps for each alpha, and for each output where these are programmes of their own.
     time_limit : float, optional
         Seconds for each alpha.
     form : {"auto", "covariance", "naive"}
         What the quadratic programmes keep up to date; by default covariance for up to as many
         features as examples (a quarter, if there are more in all).
     verbose : int, default=0
-        1 shows a progress bar over a path.
+        1 shows a progress bar.
     """
 
-    tol: float = 1e-4
     max_iter: int = 100_000
-    time_limit: float | None = None
     form: str = "auto"
-    verbose: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.tol, (int, float)) and 0 <= self.tol < np.inf):
-            raise ValueError(f"tol must be a finite number >= 0, got {self.tol!r}.")
-        if not isinstance(self.max_iter, (int, np.integer)) or self.max_iter < 1:
-            raise ValueError(f"max_iter must be a positive integer, got {self.max_iter!r}.")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise ValueError(f"time_limit must be positive or None, got {self.time_limit!r}.")
+        super().__post_init__()
         if self.form not in ("auto", "covariance", "naive"):
             raise ValueError(f"form must be 'auto', 'covariance' or 'naive', got {self.form!r}.")
 
+    @overload
+    def solve(
+        self,
+        problem: ConvexProblem,
+        alpha: float,
+        *,
+        warm_start: Solution | np.ndarray | None = None,
+        callback: Callback | None = None,
+    ) -> Solution: ...
+
+    @overload
     def solve(
         self,
         problem: GroupElasticNetProblem,
         alpha: float,
         *,
         warm_start: GroupSolution | np.ndarray | None = None,
-    ) -> GroupSolution:
+    ) -> GroupSolution: ...
+
+    def solve(
+        self,
+        problem: Any,
+        alpha: float,
+        *,
+        warm_start: Any = None,
+        callback: Callback | None = None,
+    ) -> Any:
         """Solve for one alpha.
 
         Parameters
         ----------
-        problem : GroupElasticNetProblem
+        problem : GroupElasticNetProblem or GatedReLUProblem
+            Of gated ReLU with the penalty "gate", "feature" or "ridge", or, unless the loss couples
+            the outputs, "neuron" or "l1".
         alpha : float
             Positive.
-        warm_start : GroupSolution or array of shape (d, c), optional
+        warm_start : solution or array, optional
+            Start here instead of at zero: coefficients (d, c), or weights (p, d, c).
+        callback : callable, optional
+            For gated ReLU, called with a ``Progress`` each time that the gap is computed; a true
+            return stops.
+
+        Returns
+        -------
+        GroupSolution or Solution
 
         Raises
         ------
         ValueError
-            If alpha is not positive and finite, or the warm start does not fit.
+            If alpha is not positive and finite, the warm start does not fit, or the programme is
+            none of these.
         """
+        if not isinstance(problem, GroupElasticNetProblem):
+            return super().solve(problem, alpha, warm_start=warm_start, callback=callback)
         coef = getattr(warm_start, "coef", warm_start)
         # Products are many and small, and those of BLAS's threads wait for each other.
         with one_blas_thread():
             return WorkingSetDescent(self, problem, coef).solve(decreasing_alphas([alpha])[0])
+
+    def _run(
+        self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
+    ) -> Solution:
+        return GateGroupDescent(self, problem, V).solve(alpha, callback)
 
     def path(
         self,

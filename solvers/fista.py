@@ -17,7 +17,7 @@ import numpy as np
 from cvxdistill.solvers.cone_projector import ConeProjector
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
-from cvxdistill.solvers.solver import Solver, State
+from cvxdistill.solvers.solver import IterativeSolver, State
 
 
 class Composite(Protocol):
@@ -114,7 +114,7 @@ class FISTAState(State):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RFISTA(Solver):
+class RFISTA(IterativeSolver):
     """FISTA with restarts on the gradient mapping and a two-way line search.
 
     From the extrapolated point W, with C = -grad L(W) and step size s,
@@ -129,7 +129,7 @@ class RFISTA(Solver):
     Parameters
     ----------
     tol, max_iter, time_limit, check_every, verbose
-        As for every solver.
+        As for every iterative solver.
     backtrack : float, default=0.8
     growth : float, default=1.1
     looseness : float, default=10

@@ -15,7 +15,7 @@ from cvxdistill.solvers.gated_operator import GatedOperator, empty_weights
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.rows import row_blocks
-from cvxdistill.solvers.solver import Solver, State
+from cvxdistill.solvers.solver import IterativeSolver, State
 
 # The Hessian of this many gated features takes 0.5 GB.
 MOST_FEATURES = 8192
@@ -64,7 +64,7 @@ class NewtonState(State):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RidgeNewton(Solver):
+class RidgeNewton(IterativeSolver):
     """Newton's method for squared loss with a ridge: V+ = V - H^-1 grad, exact in one step.
 
     H = A^T A / n + alpha I (with centred A when there is an intercept) is factored in float64;
@@ -74,7 +74,7 @@ class RidgeNewton(Solver):
     Parameters
     ----------
     tol, max_iter, time_limit, check_every, verbose
-        As for every solver; here the gap is computed at every step.
+        As for every iterative solver; here the gap is computed at every step.
     gram : ndarray of shape (p d, p d), optional
         With the same centring and sample weights as the problem.
 

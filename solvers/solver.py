@@ -1,7 +1,7 @@
-"""The driver: what every iterative solver shares.
+"""What all solvers share, and the driver of the iterative ones.
 
-A solver says how to start and how to take one step. The driver owns the iteration and time
-limits, the certificate, the trace, the callback, the progress bar and the verdict.
+An iterative solver says how to start and how to take one step. The driver owns the iteration and
+time limits, the certificate, the trace, the callback, the progress bar and the verdict.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ Callback = Callable[[Progress], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """Settings that all solvers share; subclasses add ``init`` and ``step``.
+    """Settings that all solvers share, and the checks of what they are given.
 
     Parameters
     ----------
@@ -87,8 +87,6 @@ class Solver(ABC):
     max_iter : int, default=10_000
     time_limit : float, optional
         Seconds.
-    check_every : int, default=20
-        Iterations between two computations of the gap.
     verbose : int, default=0
         1 shows a progress bar.
     """
@@ -96,26 +94,14 @@ class Solver(ABC):
     tol: float = 1e-4
     max_iter: int = 10_000
     time_limit: float | None = None
-    check_every: int = 20
     verbose: int = 0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tol, (int, float)) and self.tol >= 0 and math.isfinite(self.tol)):
             raise ValueError(f"tol must be a finite number >= 0, got {self.tol!r}.")
-        for name in ("max_iter", "check_every"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        check_count("max_iter", self.max_iter)
         if self.time_limit is not None and not self.time_limit > 0:
             raise ValueError(f"time_limit must be positive or None, got {self.time_limit!r}.")
-
-    @abstractmethod
-    def init(self, problem: Any, alpha: float, V: np.ndarray) -> Any:
-        """Return the state at weights V (in the solver's units)."""
-
-    @abstractmethod
-    def step(self, problem: Any, alpha: float, state: Any) -> Any:
-        """Return the state one iteration later."""
 
     def solve(
         self,
@@ -148,13 +134,46 @@ class Solver(ABC):
             If alpha is not positive and finite, the warm start does not fit, or the rows of a row
             source are not finite.
         """
-        _check_alpha(alpha)
+        check_alpha(alpha)
         if warm_start is None:
             V = problem.zeros()
         else:
             V = problem.weights_from_user(getattr(warm_start, "V", warm_start))
         with one_blas_thread():
             return self._run(problem, float(alpha), V, callback)
+
+    @abstractmethod
+    def _run(
+        self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
+    ) -> Solution:
+        """Solve from V, in the solver's units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterativeSolver(Solver):
+    """A solver that goes step by step; subclasses add ``init`` and ``step``.
+
+    Parameters
+    ----------
+    tol, max_iter, time_limit, verbose
+        As for every solver.
+    check_every : int, default=20
+        Iterations between two computations of the gap.
+    """
+
+    check_every: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("check_every", self.check_every)
+
+    @abstractmethod
+    def init(self, problem: Any, alpha: float, V: np.ndarray) -> Any:
+        """Return the state at weights V (in the solver's units)."""
+
+    @abstractmethod
+    def step(self, problem: Any, alpha: float, state: Any) -> Any:
+        """Return the state one iteration later."""
 
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
@@ -245,7 +264,14 @@ def _kkt(
     return max(kkt(W, with_M), relative(complementarity, objective))
 
 
-def _check_alpha(alpha: float) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless the setting of that name is a positive integer."""
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise TypeError or ValueError unless alpha is positive and finite."""
     if not isinstance(alpha, (int, float, np.number)) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a number, got {alpha!r}.")
     if not (alpha > 0 and math.isfinite(alpha)):

@@ -9,8 +9,10 @@ from typing import Any
 
 from cvxdistill.solvers.admm import ADMM
 from cvxdistill.solvers.augmented_lagrangian import AugmentedLagrangian
+from cvxdistill.solvers.coordinate_descent import BlockCoordinateDescent
 from cvxdistill.solvers.difference_system import MOST_FACTORED
 from cvxdistill.solvers.fista import RFISTA
+from cvxdistill.solvers.group_form import has_group_form
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
@@ -18,6 +20,7 @@ from cvxdistill.solvers.ridge import RidgeNewton
 from cvxdistill.solvers.solver import Solver
 
 SOLVERS: dict[str, type[Solver]] = {
+    "block_descent": BlockCoordinateDescent,
     "rfista": RFISTA,
     "ridge_newton": RidgeNewton,
     "augmented_lagrangian": AugmentedLagrangian,
@@ -26,20 +29,23 @@ SOLVERS: dict[str, type[Solver]] = {
 
 # Up to this many gated features p * d a pure ridge is solved faster directly than iteratively.
 MOST_DIRECT_FEATURES = 2000
+# And block descent's Gram matrix of one output is formed before R-FISTA's steps are many.
+MOST_DESCENT_FEATURES = 3000
 
 
 def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -> Solver:
     """The solver of that name with these settings, or the one that suits the problem.
 
     For gated ReLU "auto" takes Newton's method where a pure ridge of the squared loss has at most
-    2000 gated features p * d, and R-FISTA otherwise. For ReLU networks it takes ADMM, which mostly
+    2000 gated features p * d, block coordinate descent where a penalty of groups has one output and
+    at most 3000, and R-FISTA otherwise. For ReLU networks it takes ADMM, which mostly
     needs fewer steps and knows every penalty; but R-FISTA, where the penalty is one of lengths,
     if both n and p * d are beyond 6000, where ADMM has to solve its systems iteratively.
 
     Parameters
     ----------
     problem : ConvexProblem
-    name : {"auto", "rfista", "ridge_newton", "augmented_lagrangian", "admm"}
+    name : {"auto", "block_descent", "rfista", "ridge_newton", "augmented_lagrangian", "admm"}
     **settings
         Of the solver, such as ``tol``, ``max_iter`` and ``verbose``.
 
@@ -61,6 +67,10 @@ def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -
     else:
         programme, suitable = "gated ReLU", ["rfista"]
         best = "rfista"
+        if has_group_form(problem):
+            suitable.insert(0, "block_descent")
+            if problem.n_outputs == 1 and size <= MOST_DESCENT_FEATURES:
+                best = "block_descent"
         if _is_ridge(problem):
             suitable.append("ridge_newton")
             best = "ridge_newton" if size <= MOST_DIRECT_FEATURES else "rfista"

@@ -19,7 +19,8 @@ Tibshirani et al. 2012 (strong rules); Lee, Sun and Saunders 2014 (proximal Newt
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -48,6 +49,9 @@ LOOKS = 16
 MOST_IDLE = 20
 # Of Newton's steps for coupled losses: relative residual, and most conjugate gradient steps.
 CG_TOLERANCE, CG_STEPS = 0.05, 30
+
+# Told objective, duality gap and sweeps each time that they are known; true to stop.
+Watch = Callable[[float, float, int], bool]
 
 
 class WorkingSetDescent:
@@ -136,12 +140,12 @@ class WorkingSetDescent:
         self.last_alpha = float(ratios.max(initial=0.0)) / problem.l1_ratio
         return self.last_alpha
 
-    def solve(self, alpha: float) -> GroupSolution:
-        """Solve for this alpha from where the last one ended."""
+    def solve(self, alpha: float, watch: Watch | None = None) -> GroupSolution:
+        """Solve for this alpha from where the last one ended, until done or ``watch`` says so."""
         start = time.perf_counter()
         problem = self.problem
         self._add(self._strong(alpha))
-        objective, gap, sweeps, verdict = self._solve(alpha)
+        objective, gap, sweeps, verdict = self._solve(alpha, watch)
         self.last_alpha = alpha
         features = np.flatnonzero(self.coef.any(axis=1))
         active = problem.penalties(alpha).lengths(self.coef[problem.order]) > 0
@@ -197,14 +201,28 @@ class WorkingSetDescent:
             if self.model is not None:
                 self.model.extend(new, self.coef, self.R)
 
-    def _solve(self, alpha: float) -> tuple[float, float, int, str]:
+    def certify(self, alpha: float) -> tuple[float, float]:
+        """Objective and duality gap where the descent stands."""
+        return self._certify(self.problem.penalties(alpha), alpha)
+
+    def coefficients(self) -> np.ndarray:
+        """Coefficients (d, c) where the descent stands."""
+        if self._is_loss(self.model):
+            return self.model.coefficients(self.coef)
+        return self.coef
+
+    def _is_loss(self, model: QuadraticModel | None) -> TypeGuard[QuadraticModel]:
+        """Whether a model is the loss itself over all blocks: then it alone is kept up to date."""
+        return self.quadratic and model is not None and model.whole
+
+    def _solve(self, alpha: float, watch: Watch | None = None) -> tuple[float, float, int, str]:
         """Descend to the tolerance; return objective, gap, sweeps and why it ended."""
         problem, settings = self.problem, self.settings
         start, sweeps = time.perf_counter(), 0
         penalties = problem.penalties(alpha)
         target, best, idle = np.inf, np.inf, 0
         while True:
-            if self.quadratic and self.model is not None and self.model.whole:
+            if self._is_loss(self.model):
                 objective, gap, self.lengths = self.model.certify(penalties)
             else:
                 objective, gap = self._certify(penalties, alpha)
@@ -218,8 +236,11 @@ class WorkingSetDescent:
             verdict = None
             idle = 0 if gap < 0.999 * best else idle + 1
             best = min(best, gap)
+            stop = watch is not None and watch(objective, gap, sweeps)
             if gap <= enough:
                 verdict = status.CONVERGED
+            elif stop:
+                verdict = status.STOPPED
             elif idle >= MOST_IDLE:
                 verdict = status.NO_PROGRESS
             elif sweeps >= settings.max_iter:
@@ -227,7 +248,7 @@ class WorkingSetDescent:
             elif settings.time_limit and time.perf_counter() - start > settings.time_limit:
                 verdict = status.TIME_LIMIT
             if verdict is not None:
-                if self.quadratic and self.model is not None and self.model.whole:
+                if self._is_loss(self.model):
                     self._take_over(self.model)
                 return objective, gap, sweeps, verdict
             over = lengths > penalties.norm * (1 + 1e-10)
@@ -243,7 +264,7 @@ class WorkingSetDescent:
             local = self.model.penalties(penalties)
             sweeps += self.model.descent.minimise(local, target, settings.max_iter - sweeps)
             if self.quadratic:
-                if not self.model.whole:
+                if not self._is_loss(self.model):
                     self._take_over(self.model)
             else:
                 self._line_search(penalties, objective)

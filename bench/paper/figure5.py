@@ -70,7 +70,7 @@ from cvxdistill.solvers import (
 )
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.solution import relative
-from cvxdistill.solvers.solver import Solver
+from cvxdistill.solvers.solver import IterativeSolver
 
 CAT, DOG = 3, 5
 SEEDS, IMAGES, HELD_OUT = 10, 500, 100  # images of each class
@@ -193,7 +193,7 @@ def hidden_units(d: int) -> int:
 
 
 def run_solver(
-    solver: Solver,
+    solver: IterativeSolver,
     problem: ConvexProblem,
     alpha: float,
     run: Run,

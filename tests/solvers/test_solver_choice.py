@@ -7,13 +7,18 @@ from cvxdistill.solvers import (
     ADMM,
     RFISTA,
     AugmentedLagrangian,
+    BlockCoordinateDescent,
     ReLUProblem,
     RidgeNewton,
     activation_patterns,
     choose_solver,
     sample_gates,
 )
-from cvxdistill.solvers.solver_choice import MOST_DIRECT_FEATURES, SOLVERS
+from cvxdistill.solvers.solver_choice import (
+    MOST_DESCENT_FEATURES,
+    MOST_DIRECT_FEATURES,
+    SOLVERS,
+)
 
 PENALTIES = ["neuron", "gate", "nuclear", "feature", "l1", "ridge", "none"]
 
@@ -38,6 +43,28 @@ def test_a_norm_without_share_is_a_ridge_and_a_blend_is_none(make_problem):
     assert isinstance(choose_solver(make_problem(l1_ratio=0.5)), RFISTA)
 
 
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("loss", ["squared", "huber", "logistic"])
+def test_block_descent_is_chosen_for_one_output_and_groups(make_problem, penalty, loss):
+    options = {"penalty": penalty, "loss": loss, "c": 1}
+    if penalty == "none" and loss == "logistic":
+        return
+    solver = choose_solver(make_problem(**options))
+    if penalty == "ridge" and loss == "squared":
+        expected = RidgeNewton
+    else:
+        expected = RFISTA if penalty in ("nuclear", "none") else BlockCoordinateDescent
+    assert type(solver) is expected
+
+
+@pytest.mark.parametrize("p", [MOST_DESCENT_FEATURES // 30, MOST_DESCENT_FEATURES // 30 + 1])
+def test_many_features_are_left_to_rfista(make_problem, p):
+    problem = make_problem(n=400, d=30, p=p, c=1)
+    assert problem.operator.p == p
+    few = p * 30 <= MOST_DESCENT_FEATURES
+    assert type(choose_solver(problem)) is (BlockCoordinateDescent if few else RFISTA)
+
+
 @pytest.mark.parametrize("p", [MOST_DIRECT_FEATURES // 20, MOST_DIRECT_FEATURES // 20 + 1])
 def test_a_large_ridge_is_solved_iteratively(make_problem, p):
     problem = make_problem(n=200, d=20, p=p, penalty="ridge")
@@ -58,11 +85,17 @@ def test_admm_is_chosen_for_relu_networks_unless_they_are_large(monkeypatch, pen
 
 def test_what_is_asked_for_is_given(make_problem):
     ridge, relu = make_problem(penalty="ridge"), make_relu_problem()
-    for name in ("rfista", "ridge_newton"):
+    for name in ("block_descent", "rfista", "ridge_newton"):
         assert type(choose_solver(ridge, name)) is SOLVERS[name]
     for name in ("rfista", "augmented_lagrangian", "admm"):
         assert type(choose_solver(relu, name)) is SOLVERS[name]
-    assert list(SOLVERS.values()) == [RFISTA, RidgeNewton, AugmentedLagrangian, ADMM]
+    assert list(SOLVERS.values()) == [
+        BlockCoordinateDescent,
+        RFISTA,
+        RidgeNewton,
+        AugmentedLagrangian,
+        ADMM,
+    ]
 
 
 def test_settings_are_passed_on(make_problem):
@@ -75,6 +108,7 @@ def test_settings_are_passed_on(make_problem):
     ("name", "options", "suitable"),
     [
         ("ridge_newton", {}, "['auto', 'rfista', 'augmented_lagrangian', 'admm']"),
+        ("block_descent", {}, "['auto', 'rfista', 'augmented_lagrangian', 'admm']"),
         ("rfista", {"penalty": "l1"}, "['auto', 'augmented_lagrangian', 'admm']"),
         ("rfista", {"penalty": "nuclear"}, "['auto', 'augmented_lagrangian', 'admm']"),
         ("rfista", {"penalty": "feature"}, "['auto', 'augmented_lagrangian', 'admm']"),
@@ -89,10 +123,19 @@ def test_what_does_not_suit_a_relu_network_is_refused(name, options, suitable):
 @pytest.mark.parametrize(
     ("name", "options", "suitable"),
     [
-        ("admm", {}, "['auto', 'rfista']"),
-        ("augmented_lagrangian", {"penalty": "ridge"}, "['auto', 'rfista', 'ridge_newton']"),
-        ("ridge_newton", {}, "['auto', 'rfista']"),
-        ("ridge_newton", {"penalty": "ridge", "loss": "huber"}, "['auto', 'rfista']"),
+        ("admm", {}, "['auto', 'block_descent', 'rfista']"),
+        (
+            "augmented_lagrangian",
+            {"penalty": "ridge"},
+            "['auto', 'block_descent', 'rfista', 'ridge_newton']",
+        ),
+        ("block_descent", {"penalty": "nuclear"}, "['auto', 'rfista']"),
+        ("ridge_newton", {}, "['auto', 'block_descent', 'rfista']"),
+        (
+            "ridge_newton",
+            {"penalty": "ridge", "loss": "huber"},
+            "['auto', 'block_descent', 'rfista']",
+        ),
         ("ridge_newton", {"penalty": "none"}, "['auto', 'rfista']"),
     ],
 )
