@@ -87,6 +87,16 @@ clean:
 	rm -rf build dist .venv .venv-bare *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Gated ReLU programmes beside the peers' solvers; needs CVXDISTILL_DATA. Hours, and goes on where it
+# stopped; the quick one, of three small tables, under five minutes.
+.PHONY: bench bench-quick
+bench: .venv/test-installed | build/tmp
+	$(BIN)/python bench/suite.py
+	$(BIN)/python bench/rooflines.py
+
+bench-quick: .venv/test-installed | build/tmp
+	$(BIN)/python bench/suite.py --quick
+
 # R-FISTA beside pyscnn's on the UCI tables that CVXDISTILL_DATA holds: under 15 quiet minutes.
 .PHONY: bench-uci
 bench-uci: .venv/test-installed | build/tmp

@@ -15,7 +15,7 @@ from cvxdistill.solvers.group_solution import GroupPath, GroupSolution
 from cvxdistill.solvers.path import alpha_grid, decreasing_alphas
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.solution import Solution
-from cvxdistill.solvers.solver import Callback, Solver
+from cvxdistill.solvers.solver import Callback, Solver, check_alpha
 from cvxdistill.solvers.threads import one_blas_thread
 from cvxdistill.solvers.working_set_descent import WorkingSetDescent
 
@@ -108,6 +108,20 @@ class BlockCoordinateDescent(Solver):
         # Products are many and small, and those of BLAS's threads wait for each other.
         with one_blas_thread():
             return WorkingSetDescent(self, problem, coef).solve(decreasing_alphas([alpha])[0])
+
+    def successive(self, problem: ConvexProblem) -> Callable[[float, Callback | None], Solution]:
+        """A function of alpha and callback that solves from where its last call ended.
+
+        It keeps what a call has computed of the features that were in use.
+        """
+        descent = GateGroupDescent(self, problem, problem.zeros())
+
+        def solve(alpha: float, callback: Callback | None) -> Solution:
+            check_alpha(alpha)
+            with one_blas_thread():
+                return descent.solve(float(alpha), callback)
+
+        return solve
 
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None

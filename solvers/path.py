@@ -115,11 +115,9 @@ def solve_path(
             raise ValueError("alpha_max is 0: the targets are constant, so every V is zero.")
         alphas = alpha_grid(alpha_max, n_alphas, eps)
     solutions: list[Solution] = []
+    solve = solver.successive(problem)
     for alpha in decreasing_alphas(alphas):
-        warm_start = solutions[-1] if solutions else None
-        solutions.append(
-            solver.solve(problem, float(alpha), warm_start=warm_start, callback=callback)
-        )
+        solutions.append(solve(float(alpha), callback))
         if solutions[-1].status == "stopped by callback":
             break
     return Path(solutions)

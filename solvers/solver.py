@@ -142,6 +142,17 @@ class Solver(ABC):
         with one_blas_thread():
             return self._run(problem, float(alpha), V, callback)
 
+    def successive(self, problem: ConvexProblem) -> Callable[[float, Callback | None], Solution]:
+        """A function of alpha and callback that solves from where its last call ended."""
+        last: Solution | None = None
+
+        def solve(alpha: float, callback: Callback | None) -> Solution:
+            nonlocal last
+            last = self.solve(problem, alpha, warm_start=last, callback=callback)
+            return last
+
+        return solve
+
     @abstractmethod
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None

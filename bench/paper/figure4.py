@@ -61,7 +61,7 @@ from contest import (
 )
 from machine import describe_machine
 from teachers import Teacher, load_teacher
-from unfinished import append_rows, read_rows
+from unfinished import append_rows, read_rows, rows_file
 
 import cvxdistill
 from cvxdistill.adapters import table1_parameters
@@ -280,10 +280,8 @@ def main(network: str, filters: tuple[int, ...], quick: bool) -> None:
     wanted = filters or (QUICK_FILTERS if quick else FILTERS)
     images, test_images = (QUICK_IMAGES, 2_000) if quick else (IMAGES, None)
     name = "figure4" if network == "resnet18" else f"figure4_{network}"
-    cpu_clock.CACHE.mkdir(parents=True, exist_ok=True)
-    unfinished = cpu_clock.CACHE / f"{name}{'_quick' if quick else ''}.jsonl"
-    output = (cpu_clock.CACHE if quick else cpu_clock.RESULTS) / name
-    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = rows_file(name, quick)
+    output = unfinished.with_suffix("")
     teacher = load_teacher(network)
     contests: list[Contest] = []
     both: Both | None = None

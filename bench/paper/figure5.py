@@ -50,7 +50,7 @@ from few_images import first_layer
 from machine import describe_machine
 from teachers import load_teacher
 from torch import nn
-from unfinished import append_rows, read_rows
+from unfinished import append_rows, read_rows, rows_file
 
 from cvxdistill.solvers import (
     RFISTA,
@@ -520,9 +520,8 @@ def main(seeds: int, quick: bool) -> None:
         }
     everything = seeds >= SEEDS and not quick
     output = (cpu_clock.RESULTS if everything else cpu_clock.CACHE) / "figure5"
-    for folder in (output.parent, cpu_clock.CACHE):
-        folder.mkdir(parents=True, exist_ok=True)
-    unfinished = cpu_clock.CACHE / ("figure5_quick.jsonl" if quick else "figure5.jsonl")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = rows_file("figure5", quick)
     rows = read_rows(unfinished)
     train, test = record_network("train"), record_network("test")
     network = float(np.mean((test.answers > 0) != test.cat))

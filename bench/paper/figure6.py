@@ -70,7 +70,7 @@ from figure4 import FILTERS
 from machine import describe_machine
 from matplotlib.ticker import LogLocator, NullFormatter
 from one_vs_all import STRENGTHS, Point, path
-from unfinished import append_rows, read_rows
+from unfinished import append_rows, read_rows, rows_file
 
 import cvxdistill
 from cvxdistill.adapters import table1_parameters
@@ -437,12 +437,11 @@ def main(part: tuple[str, ...], seeds: int, only: tuple[int, ...], quick: bool) 
     wanted = only or tuple(range(min(seeds, QUICK_SEEDS) if quick else seeds))
     everything = set(wanted) >= set(range(SEEDS)) and not quick
     folder = cpu_clock.RESULTS if everything else cpu_clock.CACHE
-    for place in (folder, cpu_clock.CACHE):
-        place.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     drawing = Drawing(QUICK_TEST_IMAGES if quick else None)
     for name in part:
         title, compute, draw, summaries = PARTS[name]
-        unfinished = cpu_clock.CACHE / f"{title}{'_quick' if quick else ''}.jsonl"
+        unfinished = rows_file(title, quick)
         table = compute(drawing, wanted, quick, unfinished)
         if only:
             continue

@@ -46,7 +46,7 @@ from few_per_class import (
 from figure6 import ONE_VS_ALL, WEIGHTED, Row, bands, measured, placed, verdicts
 from machine import describe_machine
 from one_vs_all import STRENGTHS, Point, layout_of, path
-from unfinished import append_rows, read_rows
+from unfinished import append_rows, read_rows, rows_file
 
 import cvxdistill
 from cvxdistill.adapters import GatedStudent, build_student
@@ -195,9 +195,8 @@ def main(seeds: int, quick: bool) -> None:
     seeds = min(seeds, QUICK_SEEDS) if quick else seeds
     everything = seeds >= SEEDS and not quick
     output = (cpu_clock.RESULTS if everything else cpu_clock.CACHE) / "figure7"
-    for folder in (output.parent, cpu_clock.CACHE):
-        folder.mkdir(parents=True, exist_ok=True)
-    unfinished = cpu_clock.CACHE / f"figure7{'_quick' if quick else ''}.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = rows_file("figure7", quick)
     rows = read_rows(unfinished)
     drawing: Drawing | None = None
     for seed in range(seeds):

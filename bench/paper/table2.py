@@ -47,7 +47,7 @@ from datasets import load_cifar10, normalise
 from machine import describe_machine
 from teachers import load_teacher
 from torch import Tensor, nn
-from unfinished import append_rows, read_rows
+from unfinished import append_rows, read_rows, rows_file
 
 from cvxdistill.solvers import (
     RFISTA,
@@ -400,9 +400,8 @@ def main(seeds: int, quick: bool) -> None:
         train_images = train_images.part(slice(1000))
     everything = seeds >= SEEDS and not quick
     output = (cpu_clock.RESULTS if everything else cpu_clock.CACHE) / "table2"
-    for folder in (output.parent, cpu_clock.CACHE):
-        folder.mkdir(parents=True, exist_ok=True)
-    unfinished = cpu_clock.CACHE / ("table2_quick.jsonl" if quick else "table2.jsonl")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = rows_file("table2", quick)
     rows = read_rows(unfinished)
     done = {row["seed"] for row in rows}
     backbone = load_backbone()

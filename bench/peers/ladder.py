@@ -1,4 +1,4 @@
-"""When a ladder of stopping tolerances would have stopped one and the same run."""
+"""When tolerances, or an oracle that knows the optimum, would have stopped one and the same run."""
 
 from __future__ import annotations
 
@@ -47,3 +47,32 @@ class Ladder:
             self.stopped_by = met
             return True
         return not self._left or seconds > self.time_limit
+
+
+class Marks:
+    """When a run first had objectives that are good enough, each for itself.
+
+    Parameters
+    ----------
+    targets : list of float
+        Objectives.
+    time_limit : float
+        Seconds.
+
+    Attributes
+    ----------
+    seconds : list of float or None
+        For each target.
+    """
+
+    def __init__(self, targets: list[float], time_limit: float) -> None:
+        self.targets = targets
+        self.time_limit = time_limit
+        self.seconds: list[float | None] = [None] * len(targets)
+
+    def stop(self, objective: float, seconds: float) -> bool:
+        """Whether to stop at an iterate: all targets are met, or time is up."""
+        for k, target in enumerate(self.targets):
+            if self.seconds[k] is None and objective <= target:
+                self.seconds[k] = seconds
+        return None not in self.seconds or seconds > self.time_limit

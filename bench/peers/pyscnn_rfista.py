@@ -47,13 +47,13 @@ class LadderCriterion(TerminationCriterion):
         return self.ladder.stop(squares, float(objective), time.perf_counter() - self.start)
 
 
-def solve(job: dict[str, Any]) -> dict[str, Any]:
-    """Solve one job, write the weights to its ``result`` file, and return times and counts."""
+def optimise(job: dict[str, Any], criterion: TerminationCriterion) -> tuple[Any, str]:
+    """pyscnn's model at the iterate where the criterion stopped, and the versions."""
     with np.load(job["data"]) as file:
         X, Y, G = file["X"], file["Y"], file["G"]
     set_device("cpu", job["dtype"])
     regularizer = NeuronGL1(job["alpha"])
-    model = ConvexGatedReLU(G)
+    model = ConvexGatedReLU(G) if Y.ndim == 1 else ConvexGatedReLU(G, c=Y.shape[1])
     metrics = Metrics(metric_freq=10**9, objective=False, grad_norm=False, time=False)
     train, test, _ = process_data(X, Y, None, None, unitize_data=False)
     internal_model = build_internal_model(model, regularizer, train[0])
@@ -61,22 +61,28 @@ def solve(job: dict[str, Any]) -> dict[str, Any]:
     procedure = build_optimizer(RFISTA(model, max_iters=10**9), regularizer, metrics)
     procedure.metric_freq = 10**9
     logger = get_logger("scnn")
-    ladder = Ladder(job["ladder"], job["target_objective"], job["time_limit"])
-    criterion = LadderCriterion(ladder)
     procedure.term_criterion = criterion
+    criterion.start = time.perf_counter()
     _, internal_model, _ = procedure(
         logger, internal_model, lambda model: model, train, test, build_metrics_tuple(metrics)
     )
-    D = lab.to_np(internal_model.D) > 0
-    V = lab.to_np(internal_model.weights)[0]  # of the one output, (p, d)
-    np.savez(job["result"], D=D, V=V)
+    return internal_model, f"pyscnn {version('pyscnn')}, numpy {np.__version__}"
+
+
+def solve(job: dict[str, Any]) -> dict[str, Any]:
+    """Solve one job, write the weights to its ``result`` file, and return times and counts."""
+    ladder = Ladder(job["ladder"], job["target_objective"], job["time_limit"])
+    criterion = LadderCriterion(ladder)
+    model, versions = optimise(job, criterion)
+    V = lab.to_np(model.weights)[0]  # of the one output, (p, d)
+    np.savez(job["result"], D=lab.to_np(model.D) > 0, V=V)
     return {
         "seconds": ladder.seconds,
         "seconds_to_objective": ladder.seconds_to_objective,
         "tolerance": ladder.stopped_by,
         "n_iter": criterion.iteration,
         "dtype": str(V.dtype),
-        "versions": f"pyscnn {version('pyscnn')}, numpy {np.__version__}",
+        "versions": versions,
     }
 
 

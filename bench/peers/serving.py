@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,34 +31,90 @@ class Worker:
     """A script that calls ``serve``, running in the interpreter ``python``, ``threads`` threads.
 
     Use it in a ``with`` block, at whose end the script is told to stop.
+
+    Parameters
+    ----------
+    python : path
+    script : path
+    threads : int
+    first : dict, optional
+        A job to do whenever the script has been started, so that it compiles outside all others.
+    memory : int, optional
+        Bytes of address space that it may have.
     """
 
-    def __init__(self, python: Path | str, script: Path, threads: int) -> None:
+    def __init__(
+        self,
+        python: Path | str,
+        script: Path,
+        threads: int,
+        *,
+        first: dict[str, Any] | None = None,
+        memory: int | None = None,
+    ) -> None:
         names = ("OMP", "OPENBLAS", "MKL", "NUMBA")
         limits = {f"{name}_NUM_THREADS": str(threads) for name in names}
         self.script = script
+        self._command = [str(python), str(script)]
+        self._environment = {**os.environ, **limits}
+        self._first, self._memory = first, memory
+        self._process: subprocess.Popen[str] | None = None
+        if first is None:
+            self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        limit = self._memory
         self._process = subprocess.Popen(
-            [str(python), str(script)],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **limits},
+            env=self._environment,
+            preexec_fn=None
+            if limit is None
+            else lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )
+        if self._first is not None:
+            self._answer(self._process, self._first, None)
+        return self._process
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait(timeout=60)
 
-    def __call__(self, **job: Any) -> dict[str, Any]:
-        """Return the worker's answer to one job; raise RuntimeError if it died of it."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+    def __call__(self, patience: float | None = None, **job: Any) -> dict[str, Any]:
+        """Return the worker's answer to one job.
+
+        Raises
+        ------
+        RuntimeError
+            If it died of it.
+        TimeoutError
+            If there is no answer after ``patience`` seconds; then it is killed. Either way the next
+            job starts another.
+        """
+        process = self._start() if self._process is None else self._process
+        return self._answer(process, job, patience)
+
+    def _answer(
+        self, process: subprocess.Popen[str], job: dict[str, Any], patience: float | None
+    ) -> dict[str, Any]:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], patience)[0]:
+            process.kill()
+            process.wait()
+            self._process = None
+            raise TimeoutError(f"{self.script.name} took more than {patience:g} s.")
+        line = process.stdout.readline()
         if not line:
+            process.wait()
+            self._process = None
             raise RuntimeError(f"{self.script.name} ended during the job {job}; see its stderr.")
         return json.loads(line)

@@ -107,6 +107,10 @@ def test_a_path_of_solutions(make_problem):
     problem = make_problem(fit_intercept=True)
     path = solve_path(BlockCoordinateDescent(tol=1e-7), problem, n_alphas=5)
     assert (path.relative_gaps <= 1e-7).all() and path.active_gates[0] == 0
+    alone = [BlockCoordinateDescent(tol=1e-7).solve(problem, point.alpha) for point in path]
+    np.testing.assert_allclose([one.objective for one in path], [a.objective for a in alone])
+    # What was computed for one alpha serves the next.
+    assert sum(one.n_iter for one in path[1:]) <= sum(one.n_iter for one in alone[1:])
 
 
 def test_a_callback_stops_it(make_problem):
