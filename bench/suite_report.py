@@ -77,10 +77,12 @@ def draw_profile(table: pd.DataFrame, ours: str, targets: tuple[float, ...], fil
         for name, of_one in rows.groupby("solver", sort=False):
             reached = of_one[f"reached {target:g}"].astype(bool)
             seconds = np.sort(of_one[f"to {target:g}"][reached])
-            share = np.arange(1, len(seconds) + 1) / len(of_one)
+            share = np.arange(len(seconds) + 1) / len(of_one)
             width = 2.5 if name == ours else 1.2
             label = f"{name} ({len(of_one)})"
-            axis.step(np.r_[seconds, 60], np.r_[share, share[-1:]], label=label, lw=width)
+            last = rows[f"to {target:g}"].max()
+            places = np.r_[seconds, last]
+            axis.step(places, share, where="pre", label=label, lw=width)
         axis.set(xscale="log", xlabel="seconds", title=f"to a relative suboptimality of {target:g}")
     np.atleast_1d(axes)[0].set(ylabel="share of problems solved", ylim=(0, 1.02))
     np.atleast_1d(axes)[-1].legend(fontsize=8, title="solver (problems)")

@@ -1,6 +1,7 @@
 """pyscnn's R-FISTA as a worker of ``bench/suite.py``, stopped as by an oracle.
 
 In the peers' environment. It runs until its objective has met all targets, or for the time limit.
+Its squared loss of c outputs is their mean: it gets alpha / c, and its objective is 1 / c of ours.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ class MarksCriterion(TerminationCriterion):
 
 def solve(job: dict[str, Any]) -> dict[str, Any]:
     """Solve one job, write the weights V (p, d, c) to its ``result`` file, and return times."""
-    marks = Marks(job["targets"], job["time_limit"])
+    with np.load(job["data"]) as file:
+        c = file["Y"].shape[1]
+    marks = Marks([target / c for target in job["targets"]], job["time_limit"])
+    job = {**job, "dtype": "float64", "alpha": job["alpha"] / c}
     with PeakMemory() as memory:
-        model, versions = optimise({**job, "dtype": "float64"}, MarksCriterion(marks))
+        model, versions = optimise(job, MarksCriterion(marks))
     V = lab.to_np(model.weights).transpose(1, 2, 0)
     np.savez(job["result"], D=lab.to_np(model.D) > 0, V=V)
     return {"seconds": marks.seconds, "peak_growth": memory.growth, "versions": versions}
