@@ -204,7 +204,7 @@ def test_verbose_shows_a_bar_and_silence_is_silent(data, quick, capsys):
     ConvexNNRegressor(**quick).fit(X, y)
     assert capsys.readouterr() == ("", "")
     ConvexNNRegressor(verbose=1, **quick).fit(X, y)
-    assert "RFISTA" in capsys.readouterr().err
+    assert "BlockCoordinateDescent" in capsys.readouterr().err
 
 
 # Seeds and warm starts
