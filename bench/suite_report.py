@@ -20,15 +20,12 @@ def geometric_mean(values: pd.Series) -> float:
 def ratios(table: pd.DataFrame, ours: str, target: float) -> pd.DataFrame:
     """A peer's seconds over ours beside it, a column for each and one for the best of them.
 
-    A peer that did not get there counts with the time limit. Left out are problems on which ours
-    did not get there.
+    Who did not get there, ours too, counts with the time limit.
     """
     column, beside = f"to {target:g}", f"ours to {target:g}"
-    own = table[table["solver"] == ours].set_index("problem")
-    if own.empty or beside not in table:
+    if beside not in table:
         return pd.DataFrame()
-    solved = own.index[own[f"reached {target:g}"].astype(bool)]
-    theirs = table[(table["solver"] != ours) & table["problem"].isin(solved)]
+    theirs = table[table["solver"] != ours]
     theirs = theirs.assign(ratio=theirs[column] / theirs[beside])
     wide = theirs.pivot(index="problem", columns="solver", values="ratio")
     order = [name for name in table["solver"].unique() if name in wide]
