@@ -51,6 +51,7 @@ from cvxdistill.solvers.relu_operator import relu_predictions
 from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.ridge import RidgeNewton, gram_matrix
 from cvxdistill.solvers.rows import RowSource, RowSubset
+from cvxdistill.solvers.semismooth_newton import SemismoothNewton
 from cvxdistill.solvers.solution import Solution, Trace
 from cvxdistill.solvers.solver_choice import choose_solver
 from cvxdistill.solvers.sparse_linear import SparseFit, SparseRidge
@@ -85,6 +86,7 @@ __all__ = [
     "RidgeNewton",
     "RowSource",
     "RowSubset",
+    "SemismoothNewton",
     "Solution",
     "SparseFit",
     "SparseRidge",

@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 from tqdm import tqdm
 
-from cvxdistill.solvers.gate_group_descent import GateGroupDescent
+from cvxdistill.solvers.gate_group_descent import descent_by_parts
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem
 from cvxdistill.solvers.group_solution import GroupPath, GroupSolution
 from cvxdistill.solvers.path import alpha_grid, decreasing_alphas
@@ -114,7 +114,7 @@ class BlockCoordinateDescent(Solver):
 
         It keeps what a call has computed of the features that were in use.
         """
-        descent = GateGroupDescent(self, problem, problem.zeros())
+        descent = descent_by_parts(self, problem, problem.zeros())
 
         def solve(alpha: float, callback: Callback | None) -> Solution:
             check_alpha(alpha)
@@ -126,7 +126,7 @@ class BlockCoordinateDescent(Solver):
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
     ) -> Solution:
-        return GateGroupDescent(self, problem, V).solve(alpha, callback)
+        return descent_by_parts(self, problem, V).solve(alpha, callback)
 
     def path(
         self,

@@ -46,8 +46,9 @@ class GroupForm:
 
     Attributes
     ----------
+    outputs : list of slice
+        The outputs of each part: all, or one.
     parts : list of GroupElasticNetProblem
-        One for all outputs, or one for each.
 
     Raises
     ------
@@ -62,17 +63,15 @@ class GroupForm:
                 "(neuron, gate, feature, l1, ridge; of several classes not neuron and l1), got "
                 f"{problem!r}."
             )
-        self.problem = problem
         penalty, A = _penalty(problem), problem.operator
         groups: Any = A.d
         if isinstance(penalty, FeaturePenalty):
             groups = np.tile(np.arange(A.d), A.p)
         elif isinstance(penalty, L1Penalty):
             groups = 1
-        outputs = [slice(0, problem.n_outputs)]
+        self.outputs = [slice(0, problem.n_outputs)]
         if isinstance(penalty, (NeuronPenalty, L1Penalty)):
-            outputs = [slice(k, k + 1) for k in range(problem.n_outputs)]
-        self.outputs = outputs
+            self.outputs = [slice(k, k + 1) for k in range(problem.n_outputs)]
         self.parts = [
             GroupElasticNetProblem(
                 A,
@@ -83,20 +82,8 @@ class GroupForm:
                 fit_intercept=problem.fit_intercept,
                 sample_weight=problem.loss.weights,
             )
-            for columns in outputs
+            for columns in self.outputs
         ]
-
-    def coefficients(self, W: np.ndarray) -> list[np.ndarray]:
-        """Of each part, (p d, 1) or (p d, c), from weights W (p, d, c)."""
-        flat = W.reshape(-1, W.shape[2])
-        return [flat[:, columns] for columns in self.outputs]
-
-    def weights(self, coefficients: list[np.ndarray]) -> np.ndarray:
-        """Weights W (p, d, c) from the coefficients of the parts."""
-        W = self.problem.zeros()
-        for columns, B in zip(self.outputs, coefficients, strict=True):
-            W[:, :, columns] = B.reshape(*W.shape[:2], -1)
-        return W
 
 
 def _penalty(problem: ConvexProblem) -> Penalty:

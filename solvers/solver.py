@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -231,7 +231,7 @@ class IterativeSolver(Solver):
                 state = self.step(problem, alpha, state)
                 iteration += 1
                 bar.update()
-        columns = zip(*map(astuple, history), strict=True)
+        columns = zip(*(vars(now).values() for now in history), strict=True)
         return Solution(
             V=problem.weights_to_user(W),
             intercept=b,

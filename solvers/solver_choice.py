@@ -17,10 +17,12 @@ from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.ridge import RidgeNewton
+from cvxdistill.solvers.semismooth_newton import SemismoothNewton, has_gate_lengths
 from cvxdistill.solvers.solver import Solver
 
 SOLVERS: dict[str, type[Solver]] = {
     "block_descent": BlockCoordinateDescent,
+    "semismooth_newton": SemismoothNewton,
     "rfista": RFISTA,
     "ridge_newton": RidgeNewton,
     "augmented_lagrangian": AugmentedLagrangian,
@@ -45,7 +47,8 @@ def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -
     Parameters
     ----------
     problem : ConvexProblem
-    name : {"auto", "block_descent", "rfista", "ridge_newton", "augmented_lagrangian", "admm"}
+    name : {"auto", "semismooth_newton", "block_descent", "rfista", "ridge_newton", \
+            "augmented_lagrangian", "admm"}
     **settings
         Of the solver, such as ``tol``, ``max_iter`` and ``verbose``.
 
@@ -71,6 +74,10 @@ def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -
             suitable.insert(0, "block_descent")
             if problem.n_outputs == 1 and size <= MOST_DESCENT_FEATURES:
                 best = "block_descent"
+        if has_gate_lengths(problem):
+            suitable.insert(0, "semismooth_newton")
+            if True:
+                best = "semismooth_newton"
         if _is_ridge(problem):
             suitable.append("ridge_newton")
             best = "ridge_newton" if size <= MOST_DIRECT_FEATURES else "rfista"

@@ -19,7 +19,6 @@ Tibshirani et al. 2012 (strong rules); Lee, Sun and Saunders 2014 (proximal Newt
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -30,6 +29,7 @@ from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem, row_wei
 from cvxdistill.solvers.group_penalties import Penalties, smooth_part
 from cvxdistill.solvers.group_solution import GroupSolution
 from cvxdistill.solvers.losses import HuberLoss, LogisticLoss, MultinomialLoss, SquaredLoss
+from cvxdistill.solvers.parts import Watch
 from cvxdistill.solvers.quadratic_model import QuadraticModel
 
 if TYPE_CHECKING:
@@ -49,9 +49,6 @@ LOOKS = 16
 MOST_IDLE = 20
 # Of Newton's steps for coupled losses: relative residual, and most conjugate gradient steps.
 CG_TOLERANCE, CG_STEPS = 0.05, 30
-
-# Told objective, duality gap and sweeps each time that they are known; true to stop.
-Watch = Callable[[float, float, int], bool]
 
 
 class WorkingSetDescent:
