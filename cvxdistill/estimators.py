@@ -69,8 +69,9 @@ class ConvexNNRegressor(RegressorMixin, MultiOutputMixin, ConvexNN):
         Number of gates to sample, or to generate at most. Gates with equal or empty patterns on
         the rows of positive weight are dropped. Ignored when ``gates`` is an array.
     solver : str, default="auto"
-        "auto", "block_descent", "rfista", "ridge_newton", "augmented_lagrangian" or "admm": how to
-        solve the programme; not every solver suits every one (see ``choose_solver``).
+        "auto", "semismooth_newton", "block_descent", "rfista", "ridge_newton",
+        "augmented_lagrangian" or "admm": how to solve the programme; not every solver suits every
+        one (see ``choose_solver``).
     fit_intercept : bool, default=True
         Whether there is an unpenalised offset b.
     normalize : bool, default=False
@@ -236,8 +237,9 @@ class ConvexNNClassifier(ClassifierMixin, ConvexNN):
         Number of gates to sample, or to generate at most. Gates with equal or empty patterns on
         the rows of positive weight are dropped. Ignored when ``gates`` is an array.
     solver : str, default="auto"
-        "auto", "block_descent", "rfista", "ridge_newton", "augmented_lagrangian" or "admm": how to
-        solve the programme; not every solver suits every one (see ``choose_solver``).
+        "auto", "semismooth_newton", "block_descent", "rfista", "ridge_newton",
+        "augmented_lagrangian" or "admm": how to solve the programme; not every solver suits every
+        one (see ``choose_solver``).
     class_weight : dict or "balanced", optional
         Weights of the classes, multiplied with the sample weights.
     fit_intercept : bool, default=True

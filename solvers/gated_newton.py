@@ -22,10 +22,14 @@ import numba
 import numpy as np
 from scipy import linalg
 
+from cvxdistill.solvers.penalties import GatePenalty
+from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.scaled_gates import ScaledGates
 
 # Newton's steps that will use a Gram matrix that is formed.
 USES = 8
+# Of matrices of about 0.5 and 1 GB.
+MOST_EXAMPLES, MOST_FEATURES = 8000, 11_000
 
 
 def newton_direction(
@@ -57,14 +61,14 @@ def newton_direction(
         return G
     s, W = shares[gates], B[gates]
     W /= np.sqrt(np.einsum("gk,gk->g", W, W))[:, None]
-    if examples_work(A, len(gates)) <= features_work(A, gates):
+    if examples_work(A.n, len(gates)) <= features_work(A, gates):
         return _by_examples(A, gates, s, W, G, kappa)
     return _by_features(A, gates, s, W, G, kappa)
 
 
-def examples_work(A: ScaledGates, gates: int) -> float:
-    """Operations of the matrix of the examples, and of its factorisation."""
-    return 2 * A.n**2 * gates + A.n**3 / 3
+def examples_work(n: int, gates: int) -> float:
+    """Operations of the matrix of the examples and its factorisation; infinite beyond memory."""
+    return 2 * n**2 * gates + n**3 / 3 if n <= MOST_EXAMPLES else np.inf
 
 
 def features_work(A: ScaledGates, gates: np.ndarray) -> float:
@@ -73,6 +77,17 @@ def features_work(A: ScaledGates, gates: np.ndarray) -> float:
     new = A.d * (len(gates) - np.count_nonzero(known[gates]))
     m = A.d * len(gates)
     return m**3 / 3 + 2 * m**2 + A.n * new * (A.d * np.count_nonzero(known) + new) / USES
+
+
+def most_work(problem: GatedReLUProblem) -> float:
+    """Operations of a step of all outputs with all gates; infinite beyond memory."""
+    A, c = problem.operator, problem.n_outputs
+    m = A.p * A.d
+    shared = isinstance(problem.regularizer.penalty, GatePenalty)
+    ranks = 2 * c * A.p if shared and c > 1 else 0
+    by_features = m**3 / 3 + (2 + ranks) * m**2 if m <= MOST_FEATURES else np.inf
+    work = min(examples_work(A.n, A.p) + ranks * A.n**2, by_features)
+    return work if shared else c * work
 
 
 def _by_examples(
@@ -85,25 +100,30 @@ def _by_examples(
         roots = along[:, 0] * np.sqrt(kappa * (1 - s))
         N = linalg.blas.dsyrk(1.0, roots.T, beta=1.0, c=N, trans=1, overwrite_c=1)
     N.flat[:: n + 1] += 1
+    if c == 1:
+        return _orthogonal(A, _factorised(N), G)
     solve = _factorised(N)
+    back = solve(along.reshape(n, -1)).reshape(along.shape)
+    ranks = _ranks(np.einsum("ncg,nch->gh", along, back, optimize=True), kappa * (1 - s))
 
     def inverse(Q: np.ndarray) -> np.ndarray:
-        return solve(Q)
+        out = solve(Q)
+        return out - back @ ranks(np.einsum("ncg,nc->g", along, out, optimize=True))
 
-    if c > 1:
-        back = solve(along.reshape(n, -1)).reshape(along.shape)
-        ranks = _ranks(np.einsum("ncg,nch->gh", along, back, optimize=True), kappa * (1 - s))
+    return _orthogonal(A, inverse, G)
 
-        def inverse(Q: np.ndarray) -> np.ndarray:
-            out = solve(Q)
-            return out - back @ ranks(np.einsum("ncg,nc->g", along, out, optimize=True))
 
+def _orthogonal(
+    A: ScaledGates, inverse: Callable[[np.ndarray], np.ndarray], G: np.ndarray
+) -> np.ndarray:
+    """The solution for centred features from the inverse for others.
+
+    What is orthogonal to the constant is inverse(G + constant mu^T) with such a mu.
+    """
     out = inverse(G)
     if A.constant is None:
         return out
-    # The features are not centred: what is orthogonal to the constant, then, is
-    # inverse(G + constant mu^T) with such a mu.
-    shifts = np.stack([inverse(np.outer(A.constant, e)) for e in np.eye(c)], axis=2)
+    shifts = np.stack([inverse(np.outer(A.constant, e)) for e in np.eye(G.shape[1])], axis=2)
     sums = np.einsum("n,nck->ck", A.constant, shifts)
     return out - shifts @ np.linalg.solve(sums, A.constant @ out)
 

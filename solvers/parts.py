@@ -76,7 +76,8 @@ class PartwiseSolve:
             objective, gap, iterations = (sum(column) for column in zip(*found, strict=True))
             active = int(W.any(axis=(1, 2)).sum())
             seconds = time.perf_counter() - start
-            return Progress(int(iterations), objective, relative(gap, objective), active, 0, seconds)
+            gap = relative(gap, objective)
+            return Progress(int(iterations), objective, gap, active, 0.0, seconds)
 
         with bar:
             for k, part in enumerate(self.parts):

@@ -1,6 +1,6 @@
-"""Gated features centred and scaled by their examples' weights, so that the loss is 1/2 mean square.
+"""Gated features centred and scaled by examples' weights: the loss is a plain mean of squares.
 
-With weights h of mean 1, and H = diag(h), the squared loss of an intercept that is minimised over is
+With weights h of mean 1, and H = diag(h), the squared loss with its best intercept is
 
     1/(2n) sum_i h_i ||y_i - z_i - b||^2 = 1/(2n) ||U - A V||^2,
     A_j = H^1/2 (diag(D[:, j]) X - 1 m_j^T),    U = H^1/2 (Y - 1 m^T)
@@ -48,11 +48,13 @@ class ScaledGates:
 
     def scaled(self, Z: np.ndarray) -> np.ndarray:
         """H^1/2 (Z - 1 m^T) for Z (n, k)."""
-        if self.root is not None:
-            Z = Z * self.root[:, None]
-        if self.constant is not None:
-            Z = Z - np.outer(self.constant, self.constant @ Z)
-        return Z
+        return self.centred(Z if self.root is None else Z * self.root[:, None])
+
+    def centred(self, U: np.ndarray) -> np.ndarray:
+        """U (n, k) made orthogonal to the constant."""
+        if self.constant is None:
+            return U
+        return U - np.outer(self.constant, self.constant @ U)
 
     def flat(self, V: np.ndarray) -> np.ndarray:
         """Weights (p, d, c) as (p, c d)."""
@@ -70,6 +72,11 @@ class ScaledGates:
         C = self.operator.adjoint(U).transpose(0, 2, 1).reshape(self.p, -1)
         C /= self.n
         return C
+
+    def mean_square(self) -> float:
+        """Of an entry of the features, before they are centred."""
+        lengths = np.einsum("nd,nd->n", self._rows, self._rows)
+        return float(lengths @ self.operator.D.mean(axis=1)) / (self.n * self.d)
 
     def along(self, gates: np.ndarray, W: np.ndarray) -> np.ndarray:
         """A_g W_g of each gate, not centred, (n, c, gates), for W of shape (gates, c d)."""

@@ -29,13 +29,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeGuard
 
 import numba
 import numpy as np
 
 from cvxdistill.solvers import solution as status
+from cvxdistill.solvers.first_order_start import FirstOrderStart
 from cvxdistill.solvers.gated_newton import newton_direction
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.parts import PartwiseSolve, Watch
@@ -56,7 +57,7 @@ OVER = 1 + 1e-13
 MOST_IDLE = 50
 
 
-def has_gate_lengths(problem: ConvexProblem) -> bool:
+def has_gate_lengths(problem: ConvexProblem) -> TypeGuard[GatedReLUProblem]:
     """Whether a programme is one of these: squared loss, a penalty of gates' lengths."""
     return (
         isinstance(problem, GatedReLUProblem)
@@ -73,7 +74,8 @@ class SemismoothNewton(Solver):
     For the penalties "neuron" and "gate" (with a share of ridge or none). It certifies small gaps
     in some tens of Newton's steps however small alpha is. Each factorises a matrix of the examples
     or of the features of the gates that are not zero, whichever is cheaper; where both are beyond
-    some thousands, R-FISTA is faster.
+    some thousands, R-FISTA is faster. Where a step costs many of R-FISTA's, these come first, until
+    they are seen not to end sooner.
 
     Parameters
     ----------
@@ -98,7 +100,7 @@ class SemismoothNewton(Solver):
 
         It keeps what a call has computed of gates and examples.
         """
-        steps = self._by_parts(problem, problem.zeros())
+        steps = self._by_parts(_checked(problem), problem.zeros())
 
         def solve(alpha: float, callback: Callback | None) -> Solution:
             check_alpha(alpha)
@@ -110,15 +112,17 @@ class SemismoothNewton(Solver):
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
     ) -> Solution:
-        return self._by_parts(problem, V).solve(alpha, callback)
+        problem = _checked(problem)
+        if V.any():
+            return self._by_parts(problem, V).solve(alpha, callback)
+        start = FirstOrderStart(self, problem, alpha, callback)
+        if start.solution is None or start.done:
+            return start.solution or self._by_parts(problem, V).solve(alpha, callback)
+        rest = replace(self, time_limit=start.time_left)
+        V = problem.weights_from_user(start.solution.V)
+        return rest._by_parts(problem, V).solve(alpha, start.callback).after(start.solution)
 
-    def _by_parts(self, problem: ConvexProblem, V: np.ndarray) -> PartwiseSolve:
-        if not has_gate_lengths(problem):
-            raise ValueError(
-                "SemismoothNewton solves gated ReLU programmes with squared loss and the penalty "
-                f"'neuron' or 'gate', got {problem!r}."
-            )
-        assert isinstance(problem, GatedReLUProblem)
+    def _by_parts(self, problem: GatedReLUProblem, V: np.ndarray) -> PartwiseSolve:
         gates = ScaledGates(problem)
         outputs = [slice(0, problem.n_outputs)]
         if isinstance(problem.regularizer.penalty, NeuronPenalty):
@@ -126,6 +130,15 @@ class SemismoothNewton(Solver):
         rho = problem.regularizer.l1_ratio
         parts = [DualNewton(self, gates, columns, rho, V[:, :, columns]) for columns in outputs]
         return PartwiseSolve(self, problem, outputs, list(parts))
+
+
+def _checked(problem: ConvexProblem) -> GatedReLUProblem:
+    if not has_gate_lengths(problem):
+        raise ValueError(
+            "SemismoothNewton solves gated ReLU programmes with squared loss and the penalty "
+            f"'neuron' or 'gate', got {problem!r}."
+        )
+    return problem
 
 
 class Point(NamedTuple):
@@ -179,9 +192,7 @@ class DualNewton:
         self.V = self.B = gates.flat(V)
         self.u = self._residual(self.B)
         self.C = gates.adjoint(self.u)
-        X = gates.operator.X[:]
-        curvature = np.einsum("nd,nd->", X, X) / X.size * max(gates.operator.D.mean(), 1e-6)
-        self.unit = 1 / max(curvature, 1e-300)
+        self.unit = 1 / max(gates.mean_square(), 1e-300)
 
     def certify(self, alpha: float) -> tuple[float, float]:
         """Objective and duality gap."""
@@ -219,7 +230,9 @@ class DualNewton:
         else:
             s = min(1.0, alpha / max(float(lengths.max()), 1e-300))
         off = R - s * self.u
-        gap = float(np.vdot(off, off)) / (2 * n) + penalty + conjugate - s * float(np.vdot(B, self.C))
+        gap = (
+            float(np.vdot(off, off)) / (2 * n) + penalty + conjugate - s * float(np.vdot(B, self.C))
+        )
         return float(np.vdot(R, R)) / (2 * n) + penalty, max(gap, 0.0)
 
     def advance(self, alpha: float, watch: Watch, time_limit: float | None) -> str:
@@ -271,11 +284,11 @@ class DualNewton:
 
     def _step(self, point: Point, alpha: float, sigma: float) -> None:
         """Newton's step."""
-        n, shrink = self.gates.n, self._shrink(alpha, sigma)
-        delta = -newton_direction(
-            self.gates, point.shares, point.B, point.gradient, sigma * shrink / n
-        )
-        change = self.gates.adjoint(delta)
+        A, n, shrink = self.gates, self.gates.n, self._shrink(alpha, sigma)
+        # Rounding that is not centred may be larger than the direction.
+        gradient = A.centred(point.gradient)
+        delta = -A.centred(newton_direction(A, point.shares, point.B, gradient, sigma * shrink / n))
+        change = A.adjoint(delta)
         a = _best_step(
             *(self.V, self.C, change, sigma, sigma * alpha * self.rho, shrink),
             float(np.vdot(delta, self.u - self.targets)) / n,

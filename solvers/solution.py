@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -37,6 +37,18 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"Trace({len(self)} points)"
+
+    def after(self, before: Trace) -> Trace:
+        """Put the trace behind another, whose iterations and seconds go on."""
+        if len(before) == 0:
+            return self
+        past = {"iteration": before.iteration[-1], "seconds": before.seconds[-1]}
+        return Trace(
+            *(
+                np.concatenate([values, getattr(self, name) + past.get(name, 0)])
+                for name, values in vars(before).items()
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,15 @@ class Solution:
         """Number of gates with V[j] != 0 (or U[j] != 0)."""
         sides = tuple(axis for axis in range(self.V.ndim) if axis != self.V.ndim - 3)
         return int(self.V.any(axis=sides).sum())
+
+    def after(self, before: Solution) -> Solution:
+        """Add the iterations, seconds and trace of the solution that this one went on from."""
+        return replace(
+            self,
+            n_iter=before.n_iter + self.n_iter,
+            seconds=before.seconds + self.seconds,
+            trace=self.trace.after(before.trace),
+        )
 
     @property
     def message(self) -> str:

@@ -11,7 +11,9 @@ from cvxdistill.solvers.admm import ADMM
 from cvxdistill.solvers.augmented_lagrangian import AugmentedLagrangian
 from cvxdistill.solvers.coordinate_descent import BlockCoordinateDescent
 from cvxdistill.solvers.difference_system import MOST_FACTORED
+from cvxdistill.solvers.first_order_start import iteration_work
 from cvxdistill.solvers.fista import RFISTA
+from cvxdistill.solvers.gated_newton import most_work
 from cvxdistill.solvers.group_form import has_group_form
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.problem import ConvexProblem
@@ -21,8 +23,8 @@ from cvxdistill.solvers.semismooth_newton import SemismoothNewton, has_gate_leng
 from cvxdistill.solvers.solver import Solver
 
 SOLVERS: dict[str, type[Solver]] = {
-    "block_descent": BlockCoordinateDescent,
     "semismooth_newton": SemismoothNewton,
+    "block_descent": BlockCoordinateDescent,
     "rfista": RFISTA,
     "ridge_newton": RidgeNewton,
     "augmented_lagrangian": AugmentedLagrangian,
@@ -33,16 +35,21 @@ SOLVERS: dict[str, type[Solver]] = {
 MOST_DIRECT_FEATURES = 2000
 # And block descent's Gram matrix of one output is formed before R-FISTA's steps are many.
 MOST_DESCENT_FEATURES = 3000
+# Iterations of R-FISTA that one of Newton's steps may cost.
+MOST_ITERATIONS = 500
 
 
 def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -> Solver:
     """The solver of that name with these settings, or the one that suits the problem.
 
     For gated ReLU "auto" takes Newton's method where a pure ridge of the squared loss has at most
-    2000 gated features p * d, block coordinate descent where a penalty of groups has one output and
-    at most 3000, and R-FISTA otherwise. For ReLU networks it takes ADMM, which mostly
-    needs fewer steps and knows every penalty; but R-FISTA, where the penalty is one of lengths,
-    if both n and p * d are beyond 6000, where ADMM has to solve its systems iteratively.
+    2000 gated features p * d; the semismooth one for the penalties "neuron" and "gate" of the
+    squared loss, where one of its steps costs at most 500 of R-FISTA's iterations and its matrices
+    fit into a GB (n <= 8000 or p * d <= 11,000); block coordinate descent where another penalty of
+    groups or loss has one output and at most 3000; and R-FISTA otherwise. For ReLU networks it
+    takes ADMM, which mostly needs fewer steps and knows every penalty; but R-FISTA, where the
+    penalty is one of lengths, if both n and p * d are beyond 6000, where ADMM has to solve its
+    systems iteratively.
 
     Parameters
     ----------
@@ -76,7 +83,7 @@ def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -
                 best = "block_descent"
         if has_gate_lengths(problem):
             suitable.insert(0, "semismooth_newton")
-            if True:
+            if most_work(problem) <= MOST_ITERATIONS * iteration_work(problem):
                 best = "semismooth_newton"
         if _is_ridge(problem):
             suitable.append("ridge_newton")

@@ -39,7 +39,7 @@ SETTINGS = {
     "loss is no name": ({"loss": 2}, "loss must be a string, got 2"),
     "unknown solver": (
         {"solver": "sgd"},
-        r"solver must be one of \['auto', 'block_descent', 'rfista', .*\], got 'sgd'",
+        r"solver must be one of \['auto', 'semismooth_newton', .*\], got 'sgd'",
     ),
     "solver is no name": ({"solver": None}, "solver must be a string, got None"),
     "a solver of ReLU networks": (

@@ -57,18 +57,16 @@ def dense_features(problem):
     kappa=st.floats(1e-3, 1e3),
     seed=st.integers(0, 2**16),
 )
-def test_directions_solve_newtons_system(
-    n, d, p, c, intercept, weighted, features, kappa, seed, monkeypatch_session
-):
+def test_directions_solve_newtons_system(n, d, p, c, intercept, weighted, features, kappa, seed):
     problem = programme(n, d, p, c, seed, weighted, fit_intercept=intercept)
     A, p, rng = ScaledGates(problem), problem.operator.p, np.random.default_rng(seed)
-    work = {"examples_work": float(features), "features_work": float(not features)}
-    for name, value in work.items():
-        monkeypatch_session.setattr(gated_newton, name, lambda *_, value=value: value)
     shares = np.where(rng.random(p) < 0.7, rng.uniform(0.01, 0.99, p), 0)
     B = rng.standard_normal((p, c * d)) * (shares > 0)[:, None]
     G = A.scaled(rng.standard_normal((n, c)))
-    found = gated_newton.newton_direction(A, shares, B, G, kappa)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_newton, "examples_work", lambda *_: float(features))
+        patch.setattr(gated_newton, "features_work", lambda *_: float(not features))
+        found = gated_newton.newton_direction(A, shares, B, G, kappa)
 
     columns, _ = dense_features(problem)
     big = np.kron(columns, np.eye(c))  # rows (example, output), columns (gate, input, output)
@@ -82,12 +80,6 @@ def test_directions_solve_newtons_system(
     N = np.eye(n * c) + kappa * big @ M @ big.T
     wanted = np.linalg.solve(N, G.ravel()).reshape(n, c)
     np.testing.assert_allclose(found, wanted, atol=1e-7 * np.abs(G).max())
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_session():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,10 +10,13 @@ from cvxdistill.solvers import (
     BlockCoordinateDescent,
     ReLUProblem,
     RidgeNewton,
+    SemismoothNewton,
     activation_patterns,
     choose_solver,
     sample_gates,
 )
+from cvxdistill.solvers.first_order_start import iteration_work
+from cvxdistill.solvers.gated_newton import most_work
 from cvxdistill.solvers.solver_choice import (
     MOST_DESCENT_FEATURES,
     MOST_DIRECT_FEATURES,
@@ -34,13 +37,15 @@ def make_relu_problem(**options):
 @pytest.mark.parametrize("loss", ["squared", "huber"])
 def test_newton_is_chosen_for_a_ridge_of_the_squared_loss_only(make_problem, penalty, loss):
     solver = choose_solver(make_problem(penalty=penalty, loss=loss))
-    direct = penalty == "ridge" and loss == "squared"
-    assert type(solver) is (RidgeNewton if direct else RFISTA)
+    expected = RFISTA
+    if loss == "squared" and penalty in ("ridge", "neuron", "gate"):
+        expected = RidgeNewton if penalty == "ridge" else SemismoothNewton
+    assert type(solver) is expected
 
 
 def test_a_norm_without_share_is_a_ridge_and_a_blend_is_none(make_problem):
     assert isinstance(choose_solver(make_problem(l1_ratio=0.0)), RidgeNewton)
-    assert isinstance(choose_solver(make_problem(l1_ratio=0.5)), RFISTA)
+    assert isinstance(choose_solver(make_problem(l1_ratio=0.5)), SemismoothNewton)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -52,6 +57,8 @@ def test_block_descent_is_chosen_for_one_output_and_groups(make_problem, penalty
     solver = choose_solver(make_problem(**options))
     if penalty == "ridge" and loss == "squared":
         expected = RidgeNewton
+    elif penalty in ("neuron", "gate") and loss == "squared":
+        expected = SemismoothNewton
     else:
         expected = RFISTA if penalty in ("nuclear", "none") else BlockCoordinateDescent
     assert type(solver) is expected
@@ -59,10 +66,26 @@ def test_block_descent_is_chosen_for_one_output_and_groups(make_problem, penalty
 
 @pytest.mark.parametrize("p", [MOST_DESCENT_FEATURES // 30, MOST_DESCENT_FEATURES // 30 + 1])
 def test_many_features_are_left_to_rfista(make_problem, p):
-    problem = make_problem(n=400, d=30, p=p, c=1)
+    problem = make_problem(n=400, d=30, p=p, c=1, loss="huber")
     assert problem.operator.p == p
     few = p * 30 <= MOST_DESCENT_FEATURES
     assert type(choose_solver(problem)) is (BlockCoordinateDescent if few else RFISTA)
+
+
+@pytest.mark.parametrize("steps", [0.9, 1.1])
+def test_newtons_dear_steps_are_left_alone(make_problem, monkeypatch, steps):
+    problem = make_problem(n=100, d=5, p=20)
+    dear = steps * most_work(problem) / iteration_work(problem)
+    monkeypatch.setattr("cvxdistill.solvers.solver_choice.MOST_ITERATIONS", dear)
+    assert type(choose_solver(problem)) is (RFISTA if steps < 1 else SemismoothNewton)
+
+
+def test_newtons_matrices_are_not_to_fill_the_memory(make_problem, monkeypatch):
+    problem = make_problem(n=100, d=5, p=20)
+    monkeypatch.setattr("cvxdistill.solvers.gated_newton.MOST_EXAMPLES", 99)
+    assert type(choose_solver(problem)) is SemismoothNewton
+    monkeypatch.setattr("cvxdistill.solvers.gated_newton.MOST_FEATURES", 99)
+    assert type(choose_solver(problem)) is RFISTA
 
 
 @pytest.mark.parametrize("p", [MOST_DIRECT_FEATURES // 20, MOST_DIRECT_FEATURES // 20 + 1])
@@ -89,7 +112,9 @@ def test_what_is_asked_for_is_given(make_problem):
         assert type(choose_solver(ridge, name)) is SOLVERS[name]
     for name in ("rfista", "augmented_lagrangian", "admm"):
         assert type(choose_solver(relu, name)) is SOLVERS[name]
+    assert type(choose_solver(make_problem(), "semismooth_newton")) is SemismoothNewton
     assert list(SOLVERS.values()) == [
+        SemismoothNewton,
         BlockCoordinateDescent,
         RFISTA,
         RidgeNewton,
@@ -123,14 +148,15 @@ def test_what_does_not_suit_a_relu_network_is_refused(name, options, suitable):
 @pytest.mark.parametrize(
     ("name", "options", "suitable"),
     [
-        ("admm", {}, "['auto', 'block_descent', 'rfista']"),
+        ("admm", {}, "['auto', 'semismooth_newton', 'block_descent', 'rfista']"),
+        ("semismooth_newton", {"loss": "huber"}, "['auto', 'block_descent', 'rfista']"),
         (
             "augmented_lagrangian",
             {"penalty": "ridge"},
             "['auto', 'block_descent', 'rfista', 'ridge_newton']",
         ),
         ("block_descent", {"penalty": "nuclear"}, "['auto', 'rfista']"),
-        ("ridge_newton", {}, "['auto', 'block_descent', 'rfista']"),
+        ("ridge_newton", {}, "['auto', 'semismooth_newton', 'block_descent', 'rfista']"),
         (
             "ridge_newton",
             {"penalty": "ridge", "loss": "huber"},

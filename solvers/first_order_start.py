@@ -1,0 +1,105 @@
+"""Accelerated gradients in front of Newton's method: for as long as they will be done sooner."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from cvxdistill.solvers import solution as status
+from cvxdistill.solvers.fista import RFISTA
+from cvxdistill.solvers.gated_newton import most_work
+from cvxdistill.solvers.problem import GatedReLUProblem
+from cvxdistill.solvers.solution import Solution
+from cvxdistill.solvers.solver import Callback, Progress, Solver
+
+# Operations of one of Newton's steps below which the problem is too small to bother.
+LEAST_WORK = 5e7
+# What the interpreter does during an iteration, in operations of a matrix product.
+OVERHEAD = 3e6
+# Newton's steps that will be needed, about, and iterations between two looks.
+USUAL_STEPS, LOOK = 20, 20
+
+
+def iteration_work(problem: GatedReLUProblem) -> float:
+    """Operations of an iteration of R-FISTA."""
+    A = problem.operator
+    return 4 * A.n * A.d * A.p * problem.n_outputs + OVERHEAD
+
+
+class FirstOrderStart:
+    """R-FISTA from zero until it is done, or will not be sooner than Newton's method.
+
+    How long it will take is told by the rate at which its gap has fallen between the last looks.
+
+    Parameters
+    ----------
+    settings : Solver
+        ``tol``, ``time_limit`` and ``verbose`` are taken over.
+    problem : GatedReLUProblem
+    alpha : float
+    callback : callable, optional
+        A true return stops.
+
+    Attributes
+    ----------
+    solution : Solution or None
+        None where it is not worth a try.
+    done : bool
+        Whether it is the end: it has converged, or was stopped from outside.
+    """
+
+    def __init__(
+        self,
+        settings: Solver,
+        problem: GatedReLUProblem,
+        alpha: float,
+        callback: Callback | None,
+    ):
+        newton = most_work(problem)
+        self.solution: Solution | None = None
+        self.done, self._callback = False, callback
+        self._tol, self._time_limit = settings.tol, settings.time_limit
+        self._enough = int(USUAL_STEPS * newton / iteration_work(problem))
+        self._gaps: list[float] = []
+        if newton < LEAST_WORK or self._enough < 2 * LOOK:
+            return
+        solver = RFISTA(
+            tol=settings.tol,
+            max_iter=self._enough,
+            time_limit=settings.time_limit,
+            check_every=LOOK,
+            verbose=settings.verbose,
+        )
+        self.solution = solver.solve(problem, alpha, callback=self._watch)
+        self.done |= self.solution.status in (status.CONVERGED, status.TIME_LIMIT)
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds."""
+        if self._time_limit is None or self.solution is None:
+            return self._time_limit
+        return max(self._time_limit - self.solution.seconds, 1e-9)
+
+    def callback(self, progress: Progress) -> Any:
+        """For what comes after: iterations and seconds go on."""
+        if self._callback is None or self.solution is None:
+            return False
+        iteration = self.solution.n_iter + progress.iteration
+        seconds = self.solution.seconds + progress.seconds
+        return self._callback(replace(progress, iteration=iteration, seconds=seconds))
+
+    def _watch(self, progress: Progress) -> bool:
+        self._gaps.append(progress.gap)
+        self.done = self._callback is not None and bool(self._callback(progress))
+        return self.done or self._is_late()
+
+    def _is_late(self) -> bool:
+        if len(self._gaps) < 3:
+            return False
+        past, now = self._gaps[-3], self._gaps[-1]
+        if not 0 < self._tol <= now < past:
+            return True
+        # The gap falls by past / now in two looks.
+        looks = 2 * math.log(now / self._tol) / math.log(past / now)
+        return (len(self._gaps) - 1 + looks) * LOOK > self._enough
