@@ -19,12 +19,23 @@ from typing import Any
 
 
 def serve(solve: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Answer jobs from stdin until it closes; whatever else is printed goes to stderr."""
+    """Answer jobs from stdin until it closes; whatever else is printed goes to stderr.
+
+    A job that asks for more memory than there is has the answer null.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        answers.write(json.dumps(solve(json.loads(line))) + "\n")
+        try:
+            answer: dict[str, Any] | None = solve(json.loads(line))
+        except MemoryError:
+            answer = None
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+# Seconds for the first job.
+FIRST_PATIENCE = 300.0
 
 
 class Worker:
@@ -75,7 +86,7 @@ class Worker:
             else lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )
         if self._first is not None:
-            self._answer(self._process, self._first, None)
+            self._answer(self._process, self._first, FIRST_PATIENCE)
         return self._process
 
     def __enter__(self) -> Worker:
@@ -92,8 +103,10 @@ class Worker:
 
         Raises
         ------
+        MemoryError
+            If it had not enough, or was killed while it had a limit.
         RuntimeError
-            If it died of it.
+            If it died otherwise.
         TimeoutError
             If there is no answer after ``patience`` seconds; then it is killed. Either way the next
             job starts another.
@@ -113,8 +126,12 @@ class Worker:
             self._process = None
             raise TimeoutError(f"{self.script.name} took more than {patience:g} s.")
         line = process.stdout.readline()
-        if not line:
-            process.wait()
-            self._process = None
-            raise RuntimeError(f"{self.script.name} ended during the job {job}; see its stderr.")
-        return json.loads(line)
+        if line:
+            answer = json.loads(line)
+            if answer is None:
+                raise MemoryError(f"{self.script.name} has too little memory for the job {job}.")
+            return answer
+        killed = process.wait() < 0
+        self._process = None
+        message = f"{self.script.name} ended during the job {job}; see its stderr."
+        raise MemoryError(message) if killed and self._memory else RuntimeError(message)

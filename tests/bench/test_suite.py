@@ -134,20 +134,23 @@ def test_who_does_not_get_there_counts_with_the_limit(small):
     assert row["reached 0.001"] and not row["reached 1e-06"] and row["to 1e-06"] == 60.0
     late = suite.peer_row(FakeField(TimeoutError()), measured, "skglm")
     assert late["why"] == "time" and not late["reached 0.001"]
-    died = suite.peer_row(FakeField(RuntimeError("x ended during the job")), measured, "skglm")
-    assert died["why"] == "memory"
+    full = suite.peer_row(FakeField(MemoryError()), measured, "skglm")
+    assert full["why"] == "memory"
     with pytest.raises(RuntimeError, match="not ours"):
         suite.peer_row(FakeField(RuntimeError("its objective is not ours")), measured, "skglm")
 
 
 SLOW = """
-import sys, time
+import os, signal, sys, time
 sys.path.insert(0, {peers!r})
 from serving import serve
 
 def solve(job):
     if job.get("die"):
         raise SystemExit
+    if job.get("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    bytearray(job.get("bytes", 0))
     time.sleep(job["seconds"])
     return {{"first": job.get("first", False)}}
 
@@ -165,6 +168,11 @@ def test_a_worker_that_is_late_or_dies_is_replaced(tmp_path):
         assert worker(30.0, seconds=0) == {"first": False}
         with pytest.raises(RuntimeError, match="ended during"):
             worker(die=True)
+        assert worker(seconds=0) == {"first": False}
+        with pytest.raises(MemoryError, match="too little memory"):
+            worker(bytes=2**34)
+        with pytest.raises(MemoryError, match="ended during"):
+            worker(killed=True)
         assert worker(seconds=0) == {"first": False}
 
 
