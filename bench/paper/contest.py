@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -177,6 +177,13 @@ def record(task: Task, block: str, inputs: Tensor) -> Activations:
     with cvxdistill.adapters.capture(task.model, block, inputs, verbose=0) as captured:
         arrays = (np.array(captured.inputs), np.array(captured.outputs))
     return Activations(*map(torch.from_numpy, arrays))
+
+
+def with_block_norms_anew(task: Task, block: str) -> Task:
+    """The task of the network whose block has batch norms of the images that are fitted."""
+    inputs = record(task, block, task.training[task.fitted]).inputs
+    anew = with_norms_anew(task.model.get_submodule(block), inputs)
+    return replace(task, model=cvxdistill.swap_block(task.model, block, anew))
 
 
 @dataclass(frozen=True)

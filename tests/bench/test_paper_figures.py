@@ -540,3 +540,22 @@ def test_adam_has_the_numbers_and_the_seconds_of_each_point(drawing):
         assert adam["seconds"] == pytest.approx(ours["seconds"], rel=0.3, abs=0.3)
         assert ours["relative_gap"] <= 1e-2
     assert (table["accuracy"] > 0.5).all()
+
+
+def test_only_the_blocks_norms_are_estimated_anew():
+    from contest import Task, with_block_norms_anew
+
+    torch.manual_seed(0)
+    before, after = (
+        torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)) for _ in range(2)
+    )
+    model = torch.nn.Sequential(before, after).eval()
+    images = torch.randn(40, 3, 4, 4)
+    task = Task(model, images, slice(0, 30), images, np.zeros(40))
+    found = with_block_norms_anew(task, "1").model
+    with torch.no_grad():
+        outputs = after[0](before(images[:30]))
+    torch.testing.assert_close(found[1][1].running_mean, outputs.mean((0, 2, 3)))
+    assert not found[1][1].training
+    for untouched in (found[0][1], after[1]):
+        torch.testing.assert_close(untouched.running_mean, torch.zeros(3))
