@@ -237,10 +237,15 @@ def rows_of_size(
 
 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """The best convex student beside the best of the baselines by test accuracy, size by size."""
+    """The best convex student beside the best of the baselines by test accuracy, size by size.
+
+    And beside the baseline chosen as it was, by agreement on the held-out images.
+    """
     rows = []
     for (block, m), group in table.groupby(["block", "filters"], sort=False):
-        accuracy = group.set_index("student")["accuracy"]
+        accuracy, agreement = (
+            group.set_index("student")[name] for name in ("accuracy", "agreement")
+        )
         others = accuracy.drop([*CONVEX, BEST], errors="ignore")
         rows.append(
             {
@@ -251,6 +256,7 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
                 "best baseline": others.max(),
                 "which": others.idxmax(),
                 "ahead": accuracy[BEST] >= others.max(),
+                "of equal choice": accuracy[BEST] >= accuracy[agreement[others.index].idxmax()],
             }
         )
     return pd.DataFrame(rows)
