@@ -1,7 +1,7 @@
 """Gated ReLU programmes here and with the peers: seconds to the same relative suboptimality.
 
     make bench                                   everything, hours; goes on where it stopped
-    make bench-quick                             three small tables, under five minutes
+    make bench-quick                             two small tables, one run each, some minutes
     python bench/suite.py --problems uci/wine    those whose names begin so
     python bench/suite.py --report               the tables and pictures of what is done
 
@@ -149,8 +149,8 @@ class Measured:
 class Field:
     """All solvers, each in a process of its own."""
 
-    def __init__(self, names: list[str], limit: float, stack: ExitStack):
-        self.limit = limit
+    def __init__(self, names: list[str], limit: float, repeats: int, stack: ExitStack):
+        self.limit, self.repeats = limit, repeats
         first = self._first_job()
         scripts = {OURS: "cvxdistill_auto.py"} | {name: PEERS[name].script for name in names}
         self.workers = {}
@@ -265,7 +265,7 @@ def our_row(field: Field, measured: Measured) -> Row:
     row = measured.about() | {"solver": OURS}
     for tol in (*TARGETS, CERTIFIED):
         answers = [field.ours(measured, tol)]
-        while answers[0]["seconds"] < REPEAT_BELOW and len(answers) < REPEATS:
+        while answers[0]["seconds"] < REPEAT_BELOW and len(answers) < field.repeats:
             answers.append(field.ours(measured, tol))
         good = all(answer["good"] for answer in answers)
         row[f"to {tol:g}"] = median(a["seconds"] for a in answers) if good else field.limit
@@ -298,7 +298,7 @@ def peer_row(field: Field, measured: Measured, name: str) -> Row:
             row |= {f"to {target:g}": field.limit, f"ours to {target:g}": ours[0], "why": why}
             continue
         theirs = [found[target]["seconds"]]
-        while max(theirs[0], ours[0]) < REPEAT_BELOW and len(theirs) < REPEATS:
+        while max(theirs[0], ours[0]) < REPEAT_BELOW and len(theirs) < field.repeats:
             if oracle:
                 again = field.oracle(name, measured).get(target, {"seconds": field.limit})
             else:
@@ -315,11 +315,15 @@ def peer_row(field: Field, measured: Measured, name: str) -> Row:
 
 
 def rows_left(
-    wanted: list[SuiteProblem], solvers: list[str], done: set[tuple[str, str]], limit: float
+    wanted: list[SuiteProblem],
+    solvers: list[str],
+    done: set[tuple[str, str]],
+    limit: float,
+    repeats: int,
 ) -> Iterator[Row]:
     """Rows that are not done yet, problem after problem."""
     with ExitStack() as stack:
-        field = Field([name for name in solvers if name != OURS], limit, stack)
+        field = Field([name for name in solvers if name != OURS], limit, repeats, stack)
         for problem in wanted:
             left = [
                 name
@@ -380,7 +384,9 @@ def main(
     print(f"{describe_machine('numpy', 'numba', 'cvxdistill')}, {THREADS} thread", flush=True)
     if not only_report:
         done = {(row["problem"], row["solver"]) for row in rows}
-        for row in rows_left(wanted, list(chosen or (OURS, *PEERS)), done, limit):
+        for row in rows_left(
+            wanted, list(chosen or (OURS, *PEERS)), done, limit, 1 if quick else REPEATS
+        ):
             rows.append(row)
             with file.open("a") as stream:
                 stream.write(json.dumps(row, default=float) + "\n")

@@ -40,7 +40,7 @@ def small(tmp_path, monkeypatch):
 class FakeField:
     """A field whose peers take what they are told."""
 
-    limit = 60.0
+    limit, repeats = 60.0, 3
 
     def __init__(self, found):
         self.found, self.asked = found, []
