@@ -8,23 +8,24 @@ from typing import Any
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.fista import RFISTA
-from cvxdistill.solvers.gated_newton import most_work
+from cvxdistill.solvers.gated_newton import step_work
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, Progress, Solver
 
 # Operations of one of Newton's steps below which the problem is too small to bother.
 LEAST_WORK = 5e7
-# What the interpreter does during an iteration, in operations of a matrix product.
-OVERHEAD = 3e6
+# What the interpreter does during an iteration, in operations of a matrix product, and what masks
+# are worth, in columns of X.
+OVERHEAD, MASKING = 3e6, 8
 # Newton's steps that will be needed, about, and iterations between two looks.
 USUAL_STEPS, LOOK = 20, 20
 
 
 def iteration_work(problem: GatedReLUProblem) -> float:
-    """Operations of an iteration of R-FISTA."""
+    """Operations of an iteration of R-FISTA, its masks and the interpreter among them."""
     A = problem.operator
-    return 4 * A.n * A.d * A.p * problem.n_outputs + OVERHEAD
+    return 4 * A.n * (A.d + MASKING) * A.p * problem.n_outputs + OVERHEAD
 
 
 class FirstOrderStart:
@@ -56,17 +57,17 @@ class FirstOrderStart:
         alpha: float,
         callback: Callback | None,
     ):
-        newton = most_work(problem)
+        self.problem = problem
         self.solution: Solution | None = None
         self.done, self._callback = False, callback
         self._tol, self._time_limit = settings.tol, settings.time_limit
-        self._enough = int(USUAL_STEPS * newton / iteration_work(problem))
         self._gaps: list[float] = []
-        if newton < LEAST_WORK or self._enough < 2 * LOOK:
+        enough = self._enough(problem.operator.p)
+        if step_work(problem) < LEAST_WORK or enough < 2 * LOOK:
             return
         solver = RFISTA(
             tol=settings.tol,
-            max_iter=self._enough,
+            max_iter=enough,
             time_limit=settings.time_limit,
             check_every=LOOK,
             verbose=settings.verbose,
@@ -92,9 +93,13 @@ class FirstOrderStart:
     def _watch(self, progress: Progress) -> bool:
         self._gaps.append(progress.gap)
         self.done = self._callback is not None and bool(self._callback(progress))
-        return self.done or self._is_late()
+        return self.done or self._is_late(progress.active_gates)
 
-    def _is_late(self) -> bool:
+    def _enough(self, gates: int) -> int:
+        """Iterations that cost as much as Newton's method with so many gates that are not zero."""
+        return int(USUAL_STEPS * step_work(self.problem, gates) / iteration_work(self.problem))
+
+    def _is_late(self, gates: int) -> bool:
         if len(self._gaps) < 3:
             return False
         past, now = self._gaps[-3], self._gaps[-1]
@@ -102,4 +107,4 @@ class FirstOrderStart:
             return True
         # The gap falls by past / now in two looks.
         looks = 2 * math.log(now / self._tol) / math.log(past / now)
-        return (len(self._gaps) - 1 + looks) * LOOK > self._enough
+        return (len(self._gaps) - 1 + looks) * LOOK > self._enough(gates)

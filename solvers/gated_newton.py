@@ -79,14 +79,15 @@ def features_work(A: ScaledGates, gates: np.ndarray) -> float:
     return m**3 / 3 + 2 * m**2 + A.n * new * (A.d * np.count_nonzero(known) + new) / USES
 
 
-def most_work(problem: GatedReLUProblem) -> float:
-    """Operations of a step of all outputs with all gates; infinite beyond memory."""
+def step_work(problem: GatedReLUProblem, gates: int | None = None) -> float:
+    """Operations of a step of all outputs with so many gates, or all; infinite beyond memory."""
     A, c = problem.operator, problem.n_outputs
-    m = A.p * A.d
+    G = A.p if gates is None else gates
+    m = G * A.d
     shared = isinstance(problem.regularizer.penalty, GatePenalty)
-    ranks = 2 * c * A.p if shared and c > 1 else 0
+    ranks = 2 * c * G if shared and c > 1 else 0
     by_features = m**3 / 3 + (2 + ranks) * m**2 if m <= MOST_FEATURES else np.inf
-    work = min(examples_work(A.n, A.p) + ranks * A.n**2, by_features)
+    work = min(examples_work(A.n, G) + ranks * A.n**2, by_features)
     return work if shared else c * work
 
 

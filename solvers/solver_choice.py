@@ -13,7 +13,7 @@ from cvxdistill.solvers.coordinate_descent import BlockCoordinateDescent
 from cvxdistill.solvers.difference_system import MOST_FACTORED
 from cvxdistill.solvers.first_order_start import iteration_work
 from cvxdistill.solvers.fista import RFISTA
-from cvxdistill.solvers.gated_newton import most_work
+from cvxdistill.solvers.gated_newton import step_work
 from cvxdistill.solvers.group_form import has_group_form
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.problem import ConvexProblem
@@ -83,7 +83,7 @@ def choose_solver(problem: ConvexProblem, name: str = "auto", **settings: Any) -
                 best = "block_descent"
         if has_gate_lengths(problem):
             suitable.insert(0, "semismooth_newton")
-            if most_work(problem) <= MOST_ITERATIONS * iteration_work(problem):
+            if step_work(problem) <= MOST_ITERATIONS * iteration_work(problem):
                 best = "semismooth_newton"
         if _is_ridge(problem):
             suitable.append("ridge_newton")

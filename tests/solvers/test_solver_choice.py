@@ -16,7 +16,7 @@ from cvxdistill.solvers import (
     sample_gates,
 )
 from cvxdistill.solvers.first_order_start import iteration_work
-from cvxdistill.solvers.gated_newton import most_work
+from cvxdistill.solvers.gated_newton import step_work
 from cvxdistill.solvers.solver_choice import (
     MOST_DESCENT_FEATURES,
     MOST_DIRECT_FEATURES,
@@ -75,7 +75,7 @@ def test_many_features_are_left_to_rfista(make_problem, p):
 @pytest.mark.parametrize("steps", [0.9, 1.1])
 def test_newtons_dear_steps_are_left_alone(make_problem, monkeypatch, steps):
     problem = make_problem(n=100, d=5, p=20)
-    dear = steps * most_work(problem) / iteration_work(problem)
+    dear = steps * step_work(problem) / iteration_work(problem)
     monkeypatch.setattr("cvxdistill.solvers.solver_choice.MOST_ITERATIONS", dear)
     assert type(choose_solver(problem)) is (RFISTA if steps < 1 else SemismoothNewton)
 
