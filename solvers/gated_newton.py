@@ -139,7 +139,7 @@ def _by_features(
     F = np.empty((m, m))
     _fill(H, places, d, 1 / (kappa * n * s), F)
     W = W.reshape(len(gates), c, d).transpose(0, 2, 1)
-    P = A.adjoint(G)[gates].reshape(len(gates), c, d).transpose(0, 2, 1).reshape(m, c)
+    P = A.adjoint(G, gates).reshape(len(gates), c, d).transpose(0, 2, 1).reshape(m, c)
     if c == 1:
         _along(F, W[:, :, 0], (1 - 1 / s) / (kappa * n))
         e = _factorised(F.T)(P)
