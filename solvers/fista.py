@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 
 from cvxdistill.solvers.cone_projector import ConeProjector
-from cvxdistill.solvers.problem import ConvexProblem
+from cvxdistill.solvers.principal_metric import (
+    PrincipalComposite,
+    has_principal_metric,
+    principal_metric_pays,
+)
+from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.solver import IterativeSolver, State
 
@@ -130,10 +135,17 @@ class RFISTA(IterativeSolver):
     ----------
     tol, max_iter, time_limit, check_every, verbose
         As for every iterative solver.
+    metric : {"auto", "principal", "plain"}
+        What lengths of steps are measured in: that of X^T X, for gated ReLU and the penalties
+        "neuron" and "gate", which takes fewer steps where features are correlated (see
+        ``cvxdistill.solvers.principal_metric``); or the weights'. By default the first where it is
+        found at the cost of some steps.
     backtrack : float, default=0.8
     growth : float, default=1.1
     looseness : float, default=10
     """
+
+    metric: str = "auto"
 
     backtrack: float = 0.8
     growth: float = 1.1
@@ -141,6 +153,8 @@ class RFISTA(IterativeSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.metric not in ("auto", "principal", "plain"):
+            raise ValueError(f"metric must be 'auto', 'principal' or 'plain', got {self.metric!r}.")
         if not 0 < self.backtrack < 1:
             raise ValueError(f"backtrack must lie in (0, 1), got {self.backtrack!r}.")
         if not self.growth >= 1:
@@ -154,11 +168,35 @@ class RFISTA(IterativeSolver):
         Raises
         ------
         ValueError
-            For a ReLU network with a penalty that is not one of lengths of columns.
+            For a ReLU network with a penalty that is not one of lengths of columns, or another
+            programme for which there is no principal metric but is asked for.
         """
         if isinstance(problem, ReLUProblem):
             return start(ConeComposite(problem, alpha), problem.feasible(V))
+        if self._in_principal_metric(problem):
+            principal = PrincipalComposite(problem, alpha)
+            return start(principal, principal.from_weights(V))
         return start(PlainComposite(problem, alpha), V)
+
+    def _in_principal_metric(self, problem: ConvexProblem) -> TypeGuard[GatedReLUProblem]:
+        if self.metric == "plain":
+            return False
+        if has_principal_metric(problem):
+            return self.metric == "principal" or principal_metric_pays(problem)
+        if self.metric == "auto":
+            return False
+        raise ValueError(
+            "metric='principal' is for gated ReLU programmes with the penalty 'neuron' or 'gate', "
+            f"got {problem!r}."
+        )
+
+    def seen(self, state: FISTAState) -> State:
+        """The state in the problem's weights."""
+        composite = state.composite
+        if not isinstance(composite, PrincipalComposite):
+            return state
+        V, C = composite.weights(state.V), composite.gradient(state.C)
+        return State(V, state.Z, state.R, C)
 
     def step(self, problem: ConvexProblem, alpha: float, state: FISTAState) -> FISTAState:
         """One accelerated proximal gradient step."""

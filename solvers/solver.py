@@ -186,6 +186,11 @@ class IterativeSolver(Solver):
     def step(self, problem: Any, alpha: float, state: Any) -> Any:
         """Return the state one iteration later."""
 
+    def seen(self, state: Any) -> State:
+        """The state in the problem's weights, for those that step in others: itself."""
+        found: State = state
+        return found
+
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
     ) -> Solution:
@@ -205,26 +210,27 @@ class IterativeSolver(Solver):
             while True:
                 late = self.time_limit is not None and time.perf_counter() - start > self.time_limit
                 if iteration % self.check_every == 0 or iteration == self.max_iter or late:
-                    W = problem.feasible(state.V)
-                    Z = state.Z if W is state.V else problem.forward(W)
+                    seen = self.seen(state)
+                    W = problem.feasible(seen.V)
+                    Z = seen.Z if W is seen.V else problem.forward(W)
                     b = problem.intercept(Z)
                     objective = problem.loss.value(Z + b) + alpha * problem.regularizer.value(W)
-                    C = problem.with_multipliers(state.C, state.M, alpha)
-                    certificate.offer(state.R, C)
-                    share = None if C is state.C else C - state.C
-                    certificate.offer_corrected(state.R, state.C, W, share)
+                    C = problem.with_multipliers(seen.C, seen.M, alpha)
+                    certificate.offer(seen.R, C)
+                    share = None if C is seen.C else C - seen.C
+                    certificate.offer_corrected(seen.R, seen.C, W, share)
                     gap = certificate.gap(W, Z, b)
                     now = Progress(
                         iteration,
                         objective,
                         relative(gap, objective),
                         int(W.any(axis=(1, 2)).sum()),
-                        problem.violation(state.V),
+                        problem.violation(seen.V),
                         time.perf_counter() - start,
                     )
                     history.append(now)
                     bar.set_postfix_str(f"gap {now.gap:.1e}, {now.active_gates} gates", False)
-                    error = now.gap if certified else _kkt(problem, kkt, W, Z, state.M, objective)
+                    error = now.gap if certified else _kkt(problem, kkt, W, Z, seen.M, objective)
                     verdict = self._verdict(now, error, callback)
                     if verdict is not None:
                         break
@@ -238,7 +244,7 @@ class IterativeSolver(Solver):
             alpha=alpha,
             objective=objective,
             duality_gap=gap,
-            kkt_residual=_kkt(problem, kkt, W, Z, state.M, objective),
+            kkt_residual=_kkt(problem, kkt, W, Z, seen.M, objective),
             violation=problem.violation(W),
             n_iter=iteration,
             seconds=time.perf_counter() - start,

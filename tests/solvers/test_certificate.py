@@ -109,9 +109,10 @@ def test_correcting_the_residual_is_valid_and_tightens_the_gap(
         state = solver.step(problem, alpha, state)
         if (loss, penalty) != ("squared", "neuron") and step % 20:
             continue
-        plain.offer(state.R, state.C)
-        corrected.offer(state.R, state.C)
-        corrected.offer_corrected(state.R, state.C, state.V)
+        seen = solver.seen(state)
+        plain.offer(seen.R, seen.C)
+        corrected.offer(seen.R, seen.C)
+        corrected.offer_corrected(seen.R, seen.C, seen.V)
         assert plain.value <= corrected.value <= best * (1 + 1e-9)
     assert best - corrected.value < 0.2 * (best - plain.value)
     np.testing.assert_allclose(
