@@ -58,7 +58,7 @@ def extrapolated(recent: deque) -> tuple[np.ndarray, np.ndarray] | None:
 def iterations_to_certify(programme: GatedReLUProblem, share: float, tol: float) -> dict[str, int]:
     """Iterations until each kind of dual point, best so far, certifies the gap on one solve."""
     alpha = share * programme.alpha_max()
-    solver = RFISTA()
+    solver = RFISTA(metric="plain")
     state = solver.init(programme, alpha, programme.zeros())
     kinds = ("scaled residual", "extrapolated", "corrected")
     certificates = {kind: DualCertificate(programme, alpha) for kind in kinds}
@@ -129,7 +129,15 @@ def main() -> None:
             "looseness": looseness,
             "products": sum(
                 products_to_converge(
-                    p, RFISTA(tol=tol, growth=growth, looseness=looseness, max_iter=MOST), share
+                    p,
+                    RFISTA(
+                        tol=tol,
+                        metric="plain",
+                        growth=growth,
+                        looseness=looseness,
+                        max_iter=MOST,
+                    ),
+                    share,
                 )
                 for p in problems.values()
                 for share, tol in TARGETS

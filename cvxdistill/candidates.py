@@ -203,7 +203,7 @@ def linear_candidates(
         solver = RidgeNewton(gram=gram, tol=min(tol, 1e-4))
     else:
         variance = _mean_variance(data.X)
-        solver = RFISTA(tol=tol)
+        solver = RFISTA(tol=tol, metric="plain")
     strengths = [alpha] if alpha is not None else [s * (variance or 1.0) for s in RIDGE_STRENGTHS]
     full = max(min(d, data.Y.shape[1]), 1)
     fits = []
@@ -254,7 +254,10 @@ def gated_candidates(
     problem = GatedReLUProblem(
         data.X, targets, D, penalty=penalty, l1_ratio=l1_ratio, fit_intercept=True
     )
-    solver = RFISTA(tol=tol, max_iter=max_iter, time_limit=time_limit, verbose=verbose)
+    # Plain steps leave weights at 0 that do the intercept's work, which units do not carry.
+    solver = RFISTA(
+        tol=tol, max_iter=max_iter, time_limit=time_limit, verbose=verbose, metric="plain"
+    )
     sizes = [n_neurons] if n_neurons else list(UNITS)
     best: dict[int, Candidate] = {}
     path = []

@@ -72,6 +72,8 @@ class PrincipalComposite:
         root = np.sqrt(self.mu)
         # V_j = into U_j, and U_j = back V_j.
         self.into = (Q / root).astype(problem.dtype)
+        # Features that are always 0 get weights of 0, not of rounding.
+        self.into[np.diagonal(moments) == 0] = 0
         self.back = (Q * root).T.astype(problem.dtype)
 
     def weights(self, U: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""R-FISTA in the metric of X^T X: its proximal operator by its optimality conditions, its optima."""
+"""R-FISTA in the metric of X^T X: its proximal operator by optimality conditions, its optima."""
 
 from __future__ import annotations
 
