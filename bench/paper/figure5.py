@@ -303,7 +303,9 @@ def gated(task: Task, gates: Any) -> tuple[list[Run], GatedReLUProblem, np.ndarr
     for strength in STRENGTHS:
         run, clock = Run(strength), CpuClock(setup.seconds)
         options = {"most": MOST_ITERATIONS, "tol": TOLERANCE}
-        run_solver(RFISTA(), problem, strength * alpha_max, run, task, clock, G, **options)
+        run_solver(
+            RFISTA(metric="plain"), problem, strength * alpha_max, run, task, clock, G, **options
+        )
         runs.append(run)
     return runs, problem, G
 

@@ -125,7 +125,7 @@ def test_without_refit_the_student_gives_the_convex_programmes_prediction(dense)
     Y = captured.outputs[fitted]
     center = Y.mean(axis=0, dtype=float).astype(np.float32)
     problem = GatedReLUProblem(rows, Y - center, D, penalty="gate", fit_intercept=True)
-    solution = RFISTA(tol=1e-6, max_iter=300).solve(problem, alpha)
+    solution = RFISTA(tol=1e-6, max_iter=300, metric="plain").solve(problem, alpha)
     with torch.no_grad():
         got = result.student(torch.from_numpy(captured.inputs[fitted])).numpy()
     prediction = problem.predict(solution.V, solution.intercept) + center
