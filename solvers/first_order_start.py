@@ -36,7 +36,7 @@ class FirstOrderStart:
     Parameters
     ----------
     settings : Solver
-        ``tol``, ``time_limit`` and ``verbose`` are taken over.
+        ``tol``, ``max_iter``, ``time_limit`` and ``verbose`` are taken over.
     problem : GatedReLUProblem
     alpha : float
     callback : callable, optional
@@ -67,7 +67,7 @@ class FirstOrderStart:
             return
         solver = RFISTA(
             tol=settings.tol,
-            max_iter=enough,
+            max_iter=min(enough, settings.max_iter),
             time_limit=settings.time_limit,
             check_every=LOOK,
             verbose=settings.verbose,

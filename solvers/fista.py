@@ -146,7 +146,6 @@ class RFISTA(IterativeSolver):
     """
 
     metric: str = "auto"
-
     backtrack: float = 0.8
     growth: float = 1.1
     looseness: float = 10.0

@@ -76,6 +76,7 @@ class ScaledGates:
         C /= self.n
         return C
 
+    @cached_property
     def mean_square(self) -> float:
         """Of an entry of the features, before they are centred."""
         lengths = np.einsum("nd,nd->n", self._rows, self._rows)

@@ -82,7 +82,8 @@ class SemismoothNewton(Solver):
     tol : float, default=1e-4
         Stop when the duality gap is at most tol times the objective.
     max_iter : int, default=1000
-        Newton's steps, for each output where these are programmes of their own.
+        Newton's steps, for each output where these are programmes of their own; of R-FISTA's before
+        them as many at most.
     time_limit : float, optional
         Seconds.
     verbose : int, default=0
@@ -192,7 +193,7 @@ class DualNewton:
         self.V = self.B = gates.flat(V)
         self.u = self._residual(self.B)
         self.C = gates.adjoint(self.u)
-        self.unit = 1 / max(gates.mean_square(), 1e-300)
+        self.unit = 1 / max(gates.mean_square, 1e-300)
 
     def certify(self, alpha: float) -> tuple[float, float]:
         """Objective and duality gap."""

@@ -193,3 +193,17 @@ def test_verbose_shows_a_bar(capsys):
 def test_other_programmes_are_refused(options):
     with pytest.raises(ValueError, match=r"^SemismoothNewton solves gated ReLU programmes with"):
         SemismoothNewton().solve(programme(**options), 0.1)
+
+
+def test_gradients_go_first_where_a_step_is_dear_and_keep_the_limit(monkeypatch):
+    monkeypatch.setattr("cvxdistill.solvers.first_order_start.LEAST_WORK", 0.0)
+    monkeypatch.setattr("cvxdistill.solvers.first_order_start.iteration_work", lambda _: 1.0)
+    problem = programme(n=120, p=20, c=1)
+    alpha, seen = 0.1 * problem.alpha_max(), []
+    easy = SemismoothNewton(tol=1e-3).solve(problem, alpha, callback=seen.append)
+    assert easy.converged and easy.n_iter > 1
+    assert [p.iteration for p in seen] == list(easy.trace.iteration)
+    short = SemismoothNewton(tol=1e-12, max_iter=3).solve(problem, alpha)
+    assert short.status == "iteration limit" and short.n_iter == 6
+    assert (np.diff(short.trace.iteration) >= 0).all()
+    assert (np.diff(short.trace.seconds) >= 0).all()
