@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.fista import RFISTA
 from cvxdistill.solvers.gated_newton import step_work
@@ -29,7 +31,7 @@ def iteration_work(problem: GatedReLUProblem) -> float:
 
 
 class FirstOrderStart:
-    """R-FISTA from zero until it is done, or will not be sooner than Newton's method.
+    """R-FISTA until it is done, or will not be sooner than Newton's method.
 
     How long it will take is told by the rate at which its gap has fallen between the last looks.
 
@@ -39,6 +41,8 @@ class FirstOrderStart:
         ``tol``, ``max_iter``, ``time_limit`` and ``verbose`` are taken over.
     problem : GatedReLUProblem
     alpha : float
+    V : ndarray of shape (p, d, c)
+        Where to start, in the solver's units.
     callback : callable, optional
         A true return stops.
 
@@ -55,6 +59,7 @@ class FirstOrderStart:
         settings: Solver,
         problem: GatedReLUProblem,
         alpha: float,
+        V: np.ndarray,
         callback: Callback | None,
     ):
         self.problem = problem
@@ -72,7 +77,8 @@ class FirstOrderStart:
             check_every=LOOK,
             verbose=settings.verbose,
         )
-        self.solution = solver.solve(problem, alpha, callback=self._watch)
+        warm_start = problem.weights_to_user(V)
+        self.solution = solver.solve(problem, alpha, warm_start=warm_start, callback=self._watch)
         self.done |= self.solution.status in (status.CONVERGED, status.TIME_LIMIT)
 
     @property
@@ -84,8 +90,10 @@ class FirstOrderStart:
 
     def callback(self, progress: Progress) -> Any:
         """For what comes after: iterations and seconds go on."""
-        if self._callback is None or self.solution is None:
+        if self._callback is None:
             return False
+        if self.solution is None:
+            return self._callback(progress)
         iteration = self.solution.n_iter + progress.iteration
         seconds = self.solution.seconds + progress.seconds
         return self._callback(replace(progress, iteration=iteration, seconds=seconds))

@@ -65,6 +65,12 @@ class PartwiseSolve:
 
     def solve(self, alpha: float, callback: Callback | None) -> Solution:
         """Solve part after part."""
+        return self.advance(alpha, callback, self.settings.time_limit)
+
+    def advance(
+        self, alpha: float, callback: Callback | None, time_limit: float | None
+    ) -> Solution:
+        """The same, with another limit in seconds."""
         start = time.perf_counter()
         # Objective, gap and iterations of each part.
         found = [(*part.certify(alpha), 0) for part in self.parts]
@@ -85,15 +91,15 @@ class PartwiseSolve:
                 def watch(objective: float, gap: float, iterations: int, k: int = k) -> bool:
                     bar.update(iterations - found[k][2])
                     found[k] = objective, gap, iterations
-                    history.append(now(self._weights()))
+                    history.append(now(self.weights()))
                     bar.set_postfix_str(
                         f"gap {history[-1].gap:.1e}, {history[-1].active_gates} gates", False
                     )
                     return callback is not None and bool(callback(history[-1]))
 
                 left = None
-                if settings.time_limit is not None:
-                    left = max(settings.time_limit - (time.perf_counter() - start), 1e-9)
+                if time_limit is not None:
+                    left = max(time_limit - (time.perf_counter() - start), 1e-9)
                 ended = part.advance(alpha, watch, left)
                 if ended != status.CONVERGED:
                     verdict = ended
@@ -101,7 +107,8 @@ class PartwiseSolve:
                     break
         return self._solution(alpha, verdict, history, start)
 
-    def _weights(self) -> np.ndarray:
+    def weights(self) -> np.ndarray:
+        """Weights (p, d, c), in the solver's units."""
         if len(self.parts) == 1:
             return self.parts[0].weights()
         W = self.problem.zeros()
@@ -115,7 +122,7 @@ class PartwiseSolve:
         """The weights in the type of the data, and what is certified of these."""
         problem = self.problem
         W = problem.zeros()
-        W[...] = self._weights()
+        W[...] = self.weights()
         Z = problem.forward(W)
         b = problem.intercept(Z)
         objective = problem.loss.value(Z + b) + alpha * problem.regularizer.value(W)

@@ -17,11 +17,9 @@ import numba
 import numpy as np
 
 from cvxdistill.solvers.block_descent import length_of_block
-from cvxdistill.solvers.feature_columns import GatedColumns
 from cvxdistill.solvers.gated_operator import as_weights, empty_weights
 from cvxdistill.solvers.penalties import GatePenalty, NeuronPenalty
 from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
-from cvxdistill.solvers.rows import row_blocks
 
 # Share of the mean eigenvalue that is added to all.
 FLOOR = 0.1
@@ -62,18 +60,12 @@ class PrincipalComposite:
         self.norm = alpha * problem.regularizer.l1_ratio
         self.ridge = alpha * (1 - problem.regularizer.l1_ratio)
         self.shared = isinstance(problem.regularizer.penalty, GatePenalty)
-        moments = _second_moments(problem)
-        if not np.isfinite(moments).all():
-            # A row source is not scanned for these.
-            raise ValueError("X must be finite: the products of its rows are not.")
-        eigenvalues, Q = np.linalg.eigh(moments)
+        eigenvalues, Q = problem.principal_axes
         mean = max(float(eigenvalues.mean()), np.finfo(np.float64).tiny)
-        self.mu = (np.maximum(eigenvalues, 0) / mean + FLOOR) / (1 + FLOOR)
+        self.mu = (eigenvalues / mean + FLOOR) / (1 + FLOOR)
         root = np.sqrt(self.mu)
         # V_j = into U_j, and U_j = back V_j.
         self.into = (Q / root).astype(problem.dtype)
-        # Features that are always 0 get weights of 0, not of rounding.
-        self.into[np.diagonal(moments) == 0] = 0
         self.back = (Q * root).T.astype(problem.dtype)
 
     def weights(self, U: np.ndarray) -> np.ndarray:
@@ -124,17 +116,6 @@ def _transformed(T: np.ndarray, V: np.ndarray) -> np.ndarray:
         flat[...] = 0
         flat[used] = rows[used] @ T.T
     return out
-
-
-def _second_moments(problem: GatedReLUProblem) -> np.ndarray:
-    """X^T diag(h) X / n, (d, d)."""
-    A, columns = problem.operator, GatedColumns(problem.operator)
-    M = np.zeros((A.d, A.d))
-    for rows in row_blocks(A.n, A.d, np.float64):
-        X = columns.inputs(rows)
-        h = problem.loss.weights
-        M += X.T @ (X if h is None else X * h[rows, None])
-    return M / A.n
 
 
 @numba.njit(cache=True, nogil=True)

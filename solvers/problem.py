@@ -8,11 +8,13 @@ minimise over V, b   L(Z, Y) + alpha * sum_j R(V[j]),    Z = sum_j diag(D[:, j])
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from cvxdistill.solvers.average_loss import AverageLoss
+from cvxdistill.solvers.feature_columns import GatedColumns
 from cvxdistill.solvers.gated_operator import GatedOperator, as_weights, empty_weights
 from cvxdistill.solvers.losses import LogisticLoss, Loss, MultinomialLoss, find_loss
 from cvxdistill.solvers.penalties import Penalty, find_regularizer
@@ -233,6 +235,30 @@ class GatedReLUProblem(ConvexProblem):
     def weights_shape(self) -> tuple[int, int, int]:
         """(p, d, c)."""
         return self.operator.p, self.operator.d, self.n_outputs
+
+    @cached_property
+    def principal_axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues (d,) and eigenvectors (d, d) of X^T diag(h) X / n, h the loss's weights.
+
+        A feature that is always 0 is an axis of its own.
+
+        Raises
+        ------
+        ValueError
+            If X is not finite.
+        """
+        A, columns, h = self.operator, GatedColumns(self.operator), self.loss.weights
+        M = np.zeros((A.d, A.d))
+        for rows in row_blocks(A.n, A.d, np.float64):
+            X = columns.inputs(rows)
+            M += X.T @ (X if h is None else X * h[rows, None])
+        if not np.isfinite(M).all():
+            # A row source is not scanned for these.
+            raise ValueError("X must be finite: the products of its rows are not.")
+        used = np.diagonal(M) > 0
+        own, Q = np.zeros(A.d), np.eye(A.d)
+        own[used], Q[np.ix_(used, used)] = np.linalg.eigh(M[np.ix_(used, used)] / A.n)
+        return np.maximum(own, 0), Q
 
 
 def _check_targets(Y: Any, n: int, dtype: np.dtype) -> np.ndarray:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeGuard
 
 import numba
@@ -101,7 +101,7 @@ class SemismoothNewton(Solver):
 
         It keeps what a call has computed of gates and examples.
         """
-        steps = self._by_parts(_checked(problem), problem.zeros())
+        steps = NewtonSolve(self, _checked(problem), problem.zeros())
 
         def solve(alpha: float, callback: Callback | None) -> Solution:
             check_alpha(alpha)
@@ -113,24 +113,7 @@ class SemismoothNewton(Solver):
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
     ) -> Solution:
-        problem = _checked(problem)
-        if V.any():
-            return self._by_parts(problem, V).solve(alpha, callback)
-        start = FirstOrderStart(self, problem, alpha, callback)
-        if start.solution is None or start.done:
-            return start.solution or self._by_parts(problem, V).solve(alpha, callback)
-        rest = replace(self, time_limit=start.time_left)
-        V = problem.weights_from_user(start.solution.V)
-        return rest._by_parts(problem, V).solve(alpha, start.callback).after(start.solution)
-
-    def _by_parts(self, problem: GatedReLUProblem, V: np.ndarray) -> PartwiseSolve:
-        gates = ScaledGates(problem)
-        outputs = [slice(0, problem.n_outputs)]
-        if isinstance(problem.regularizer.penalty, NeuronPenalty):
-            outputs = [slice(k, k + 1) for k in range(problem.n_outputs)]
-        rho = problem.regularizer.l1_ratio
-        parts = [DualNewton(self, gates, columns, rho, V[:, :, columns]) for columns in outputs]
-        return PartwiseSolve(self, problem, outputs, list(parts))
+        return NewtonSolve(self, _checked(problem), V).solve(alpha, callback)
 
 
 def _checked(problem: ConvexProblem) -> GatedReLUProblem:
@@ -140,6 +123,39 @@ def _checked(problem: ConvexProblem) -> GatedReLUProblem:
             f"'neuron' or 'gate', got {problem!r}."
         )
     return problem
+
+
+class NewtonSolve(PartwiseSolve):
+    """A programme, where its solution stands, and how to go on for an alpha.
+
+    Parameters
+    ----------
+    settings : SemismoothNewton
+    problem : GatedReLUProblem
+    V : ndarray of shape (p, d, c)
+        Where to start.
+    """
+
+    def __init__(self, settings: SemismoothNewton, problem: GatedReLUProblem, V: np.ndarray):
+        self.gated, gates = problem, ScaledGates(problem)
+        outputs = [slice(0, problem.n_outputs)]
+        if isinstance(problem.regularizer.penalty, NeuronPenalty):
+            outputs = [slice(k, k + 1) for k in range(problem.n_outputs)]
+        rho = problem.regularizer.l1_ratio
+        self.newton = [DualNewton(settings, gates, columns, rho, V) for columns in outputs]
+        super().__init__(settings, problem, outputs, list(self.newton))
+
+    def solve(self, alpha: float, callback: Callback | None) -> Solution:
+        """R-FISTA for as long as it pays, then Newton's method for one part after another."""
+        start = FirstOrderStart(self.settings, self.gated, alpha, self.weights(), callback)
+        if start.solution is None:
+            return super().solve(alpha, callback)
+        V = self.gated.weights_from_user(start.solution.V)
+        for part in self.newton:
+            part.move(V)
+        if start.done:
+            return start.solution
+        return self.advance(alpha, start.callback, start.time_left).after(start.solution)
 
 
 class Point(NamedTuple):
@@ -174,7 +190,7 @@ class DualNewton:
     outputs : slice
     l1_ratio : float
     V : ndarray of shape (p, d, c)
-        Where to start.
+        Where to start, of all outputs.
     """
 
     def __init__(
@@ -187,13 +203,18 @@ class DualNewton:
     ):
         self.settings = settings
         self.gates = gates
+        self.outputs = outputs
         self.rho = l1_ratio
         self.targets = np.ascontiguousarray(gates.targets[:, outputs])
-        # The multipliers V of the augmented Lagrangian, and the last proximal point B.
-        self.V = self.B = gates.flat(V)
-        self.u = self._residual(self.B)
-        self.C = gates.adjoint(self.u)
         self.unit = 1 / max(gates.mean_square, 1e-300)
+        self.move(V)
+
+    def move(self, V: np.ndarray) -> None:
+        """Go to weights (p, d, c) of all outputs, with their residual for a dual point."""
+        # The multipliers V of the augmented Lagrangian, and the last proximal point B.
+        self.V = self.B = self.gates.flat(V[:, :, self.outputs])
+        self.u = self._residual(self.B)
+        self.C = self.gates.adjoint(self.u)
 
     def certify(self, alpha: float) -> tuple[float, float]:
         """Objective and duality gap."""

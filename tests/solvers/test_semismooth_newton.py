@@ -207,3 +207,22 @@ def test_gradients_go_first_where_a_step_is_dear_and_keep_the_limit(monkeypatch)
     assert short.status == "iteration limit" and short.n_iter == 6
     assert (np.diff(short.trace.iteration) >= 0).all()
     assert (np.diff(short.trace.seconds) >= 0).all()
+
+
+def test_gradients_go_first_on_paths_too(monkeypatch):
+    monkeypatch.setattr("cvxdistill.solvers.first_order_start.LEAST_WORK", 0.0)
+    monkeypatch.setattr("cvxdistill.solvers.first_order_start.iteration_work", lambda _: 1.0)
+    problem = programme(n=120, p=20, c=2, fit_intercept=True)
+    alphas = problem.alpha_max() * np.array([0.5, 0.3, 0.01])
+    solver, seen = SemismoothNewton(tol=1e-7), []
+    path = solve_path(solver, problem, alphas, callback=seen.append)
+    assert [p.iteration for p in seen] == [i for one in path for i in one.trace.iteration]
+    for one in path:
+        assert one.converged
+        alone = RFISTA(tol=1e-8, max_iter=100_000).solve(problem, one.alpha)
+        assert one.objective == pytest.approx(alone.objective, rel=2e-7)
+    # An alpha again: its solution was kept, whoever found it.
+    solve = solver.successive(problem)
+    first, again = solve(alphas[0], None), solve(alphas[0], None)
+    assert again.n_iter == 0 < first.n_iter
+    assert again.relative_gap <= 1e-7
