@@ -26,7 +26,7 @@ LOOKS = 0.05
 
 
 class Run:
-    """One learning rate: its weights, its clock and its best objective."""
+    """One learning rate: its weights, its clock, and the best weights that were looked at."""
 
     def __init__(self, job: dict[str, Any], data: dict[str, torch.Tensor], rate: float):
         self.X, self.Y, self.D = data["X"], data["Y"], data["D"]
@@ -39,6 +39,7 @@ class Run:
         self.adam = torch.optim.Adam([self.U, self.a], lr=rate)
         self.seconds, self.steps, self.next_look = 0.0, 0, 0
         self.n, self.p, self.c = n, p, c
+        self.best, self.best_V = math.inf, np.zeros((p, d, c))
 
     def outputs(self, X: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
         """Of some rows."""
@@ -64,6 +65,8 @@ class Run:
                 found = self.objective()
                 if not math.isfinite(found):
                     return math.inf
+                if found < self.best:
+                    self.best, self.best_V = found, self._weights()
                 if marks is not None and marks.stop(found, self.seconds):
                     break
         return found
@@ -80,7 +83,7 @@ class Run:
         loss.backward()
         self.adam.step()
 
-    def weights(self) -> np.ndarray:
+    def _weights(self) -> np.ndarray:
         """V (p, d, c)."""
         V = (self.U * self.a).detach().numpy()
         return V.reshape(len(V), self.p, self.c).transpose(1, 0, 2)
@@ -97,7 +100,7 @@ def solve(job: dict[str, Any]) -> dict[str, Any]:
     with PeakMemory() as memory:
         run = Run(job, data, rate)
         run.train(job["time_limit"], marks)
-    np.savez(job["result"], D=data["D"].numpy() > 0, V=run.weights())
+    np.savez(job["result"], D=data["D"].numpy() > 0, V=run.best_V)
     return {
         "seconds": marks.seconds,
         "rate": rate,
