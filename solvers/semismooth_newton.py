@@ -48,7 +48,7 @@ from cvxdistill.solvers.solver import Callback, Solver, check_alpha
 from cvxdistill.solvers.threads import one_blas_thread
 
 # sigma at first, in units of one over the mean square of the gated features; then times GROWTH.
-FIRST_SIGMA, GROWTH, LARGEST_SIGMA = 50.0, 10.0, 1e12
+FIRST_SIGMA, GROWTH, LARGEST_SIGMA = 20.0, 10.0, 1e12
 # Of the line search: the share of its slope that may be left, and most trials.
 SLOPE_LEFT, TRIALS = 0.1, 40
 # By how much a length is beyond its threshold, and not by rounding.
@@ -261,6 +261,8 @@ class DualNewton:
         """Solve for alpha from here; return the status."""
         settings, n = self.settings, self.gates.n
         start = time.perf_counter()
+        if not self.B.any():
+            self._scale(alpha)
         sigma, steps, inner = FIRST_SIGMA * self.unit, 0, 0
         best, idle = np.inf, 0
         while True:
@@ -293,6 +295,13 @@ class DualNewton:
             else:
                 self._step(point, alpha, sigma)
                 steps, inner = steps + 1, inner + 1
+
+    def _scale(self, alpha: float) -> None:
+        """From u, to where no gate leaves 0: Newton's steps then take up one gate after another."""
+        longest = float(np.sqrt(np.einsum("pk,pk->p", self.C, self.C).max()))
+        share = min(1.0, alpha * self.rho / max(longest, 1e-300))
+        self.u = self.u * share
+        self.C = self.C * share
 
     def _point(self, alpha: float, sigma: float) -> Point:
         B, shares = _proximal(
