@@ -30,6 +30,7 @@ from baselines import (
 from datasets import load_cifar10, normalise
 from teachers import Teacher
 from torch import Tensor, nn
+from torch.nn import functional
 
 import cvxdistill
 from cvxdistill.adapters import find_sites, infer_layout, output_metrics
@@ -148,14 +149,25 @@ class Measures:
 
     def __init__(self, task: Task, block: str | None) -> None:
         self.task, self.block = task, block
-        self.answers = run(task.model, task.training[task.held_out]).argmax(1)
+        self.answers = run(task.model, task.training[task.held_out])
         self.test = None if block is None else record(task, block, task.test)
         self.teacher_accuracy = self.accuracy(task.model)
 
     def agreement(self, model: nn.Module) -> float:
         """Share of held-out images classified as the teacher does."""
-        found = run(model, self.task.training[self.task.held_out]).argmax(1)
-        return float((found == self.answers).double().mean())
+        return self.closeness(model)[0]
+
+    def closeness(self, model: nn.Module) -> tuple[float, float]:
+        """The agreement, and minus the mean divergence KL(teacher || model) of the classes.
+
+        The second tells those apart that agree as often, of which there are many with few images.
+        """
+        found = run(model, self.task.training[self.task.held_out])
+        alike = (found.argmax(1) == self.answers.argmax(1)).double().mean()
+        theirs, ours = (functional.log_softmax(x.double(), 1) for x in (self.answers, found))
+        return float(alike), -float(
+            functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        )
 
     def accuracy(self, model: nn.Module) -> float:
         """On the test images, by their labels."""
@@ -305,8 +317,8 @@ class Opponents:
         return Made(model, stored_numbers(student), seconds, settings)
 
     def best(self, found: list[Made]) -> Made:
-        """By agreement on held-out images."""
-        return max(found, key=lambda made: self.measures.agreement(made.model))
+        """By closeness to the teacher on held-out images."""
+        return max(found, key=lambda made: self.measures.closeness(made.model))
 
     def quick(self, budget: int) -> Iterator[tuple[str, Made]]:
         """All but Adam."""

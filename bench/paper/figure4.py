@@ -22,7 +22,8 @@ Convex students:
 Baselines, see ``bench/baselines.py``: the ReLU student by Adam with batches of 128 and with full
 batches, the gated one by Adam, magnitude pruning, truncated singular value decompositions, ridge
 regression. Which student of a kind is best, and which kind, is decided by how many held-out images
-it classifies otherwise than the teacher.
+it classifies otherwise than the teacher; among those level, by the divergence of the classes'
+probabilities from the teacher's.
 
 With ``--norms-anew`` the network to be compressed is another: the block's batch norms have the
 means and variances of the training images, as the baselines' may have. That alone makes the
@@ -195,7 +196,7 @@ class Both:
             )
             if name == BEST:
                 convex.append(together)
-                together = max(convex, key=lambda one: self.measures.agreement(one.model))
+                together = max(convex, key=lambda one: self.measures.closeness(one.model))
             yield name, together
 
 

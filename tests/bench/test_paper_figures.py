@@ -559,3 +559,25 @@ def test_only_the_blocks_norms_are_estimated_anew():
     assert not found[1][1].training
     for untouched in (found[0][1], after[1]):
         torch.testing.assert_close(untouched.running_mean, torch.zeros(3))
+
+
+def test_of_those_that_agree_as_often_the_nearer_probabilities_are_best():
+    from contest import Made, Measures, Opponents, Task
+
+    torch.manual_seed(0)
+    teacher, inputs = torch.nn.Linear(6, 4), torch.randn(60, 6)
+    task = Task(teacher, inputs, slice(0, 30), inputs[:20], np.zeros(20, int))
+    measures = Measures(task, None)
+
+    def scaled(factor):
+        other = torch.nn.Linear(6, 4)
+        other.load_state_dict({k: factor * v for k, v in teacher.state_dict().items()})
+        return other
+
+    made = [Made(scaled(factor), 1, 0.0) for factor in (3.0, 0.2, 1.1, -1.0)]
+    assert [measures.closeness(one.model)[0] for one in made[:3]] == [1.0] * 3
+    with torch.no_grad():
+        p, q = (torch.softmax(m(inputs[30:]), 1) for m in (teacher, made[0].model))
+    wanted = float((p * (p / q).log()).sum(1).mean())
+    assert -measures.closeness(made[0].model)[1] == pytest.approx(wanted, rel=1e-4)
+    assert Opponents.best(SimpleNamespace(measures=measures), made) is made[2]
