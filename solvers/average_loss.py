@@ -78,6 +78,15 @@ class AverageLoss:
         """-L*(-theta / n); minus infinity outside the domain of the conjugate."""
         return -self._mean(self.loss.conjugate(self.unweighted(theta), self.Y))
 
+    def dual_values(self, theta: np.ndarray, by_output: bool) -> np.ndarray:
+        """The dual value of each output (c,), if the loss couples none, or of all together (1,)."""
+        if not by_output:
+            return np.array([self.dual_value(theta)])
+        # The loss of an example is a sum over its outputs: each is an example of its own.
+        theta = self.unweighted(theta)
+        values = self.loss.conjugate(theta.reshape(-1, 1), self.Y.reshape(-1, 1))
+        return -self._column_means(values.reshape(self.n, self.c))
+
     def hessian(self, R: np.ndarray) -> np.ndarray:
         """n times the Hessian of L where the residual is R: (n, c) diagonal or (n, c, c)."""
         H = self.loss.hessian(self.unweighted(R), self.Y)

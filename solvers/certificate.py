@@ -30,6 +30,9 @@ class DualCertificate:
     For ReLU networks C also holds the multipliers' share X^T S_j Lambda_j, scaled by the same s:
     any Lambda >= 0 will do, and it does not show in the gap, whose W must lie in the cones.
 
+    Outputs whose programmes are of their own (``ConvexProblem.parts``) have scales and best points
+    of their own.
+
     Parameters
     ----------
     problem : ConvexProblem
@@ -40,8 +43,14 @@ class DualCertificate:
         self.problem = problem
         self.alpha = alpha
         self.theta: np.ndarray | None = None
-        self.value = -np.inf
-        self._conjugate = np.inf
+        # Of each part.
+        self._values = np.full(len(problem.parts), -np.inf)
+        self._conjugates = np.full(len(problem.parts), np.inf)
+
+    @property
+    def value(self) -> float:
+        """The best dual value; minus infinity before there is any."""
+        return float(self._values.sum())
 
     def offer(self, R: np.ndarray, C: np.ndarray) -> float:
         """Scale R (n, c), with C = A^T R / n (blocks, d, c), to a dual point; keep the best.
@@ -51,16 +60,22 @@ class DualCertificate:
         float
             The dual value reached; minus infinity where there is none.
         """
-        regularizer, loss = self.problem.regularizer, self.problem.loss
+        problem, regularizer = self.problem, self.problem.regularizer
         if not regularizer.bounds_the_dual:
             return -np.inf
-        s = regularizer.feasible_scale(C, self.alpha)
-        theta = R if s == 1 else R * np.asarray(s, R.dtype)
-        conjugate = regularizer.conjugate(C if s == 1 else C * np.asarray(s, C.dtype), self.alpha)
-        value = loss.dual_value(theta) - conjugate
-        if value > self.value:
-            self.value, self.theta, self._conjugate = value, theta, conjugate
-        return value
+        # One for each output, or one for all.
+        s = np.array([regularizer.feasible_scale(C[:, :, k], self.alpha) for k in problem.parts])
+        if (s < 1).any():
+            R, C = R * s.astype(R.dtype), C * s.astype(C.dtype)
+        conjugates = np.array(
+            [regularizer.conjugate(C[:, :, k], self.alpha) for k in problem.parts]
+        )
+        values = problem.loss.dual_values(R, by_output=len(s) > 1) - conjugates
+        better = values > self._values
+        self.theta = R if self.theta is None or better.all() else np.where(better, R, self.theta)
+        self._values = np.where(better, values, self._values)
+        self._conjugates = np.where(better, conjugates, self._conjugates)
+        return float(values.sum())
 
     def offer_corrected(
         self, R: np.ndarray, C: np.ndarray, W: np.ndarray, M: np.ndarray | None = None
@@ -90,7 +105,7 @@ class DualCertificate:
             return np.inf
         problem = self.problem
         fit = problem.loss.fenchel_gap(Z + b, self.theta)
-        penalty = self.alpha * problem.regularizer.value(W) + self._conjugate
+        penalty = self.alpha * problem.regularizer.value(W) + float(self._conjugates.sum())
         inner = float(np.sum(Z * self.theta, dtype=np.float64)) / len(Z)
         # Not max(), which would turn NaN into a gap of 0.
         return float(np.maximum(0.0, fit + penalty - inner))

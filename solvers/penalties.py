@@ -18,6 +18,11 @@ class Penalty(Protocol):
     """A norm R(V) of all weights."""
 
     @property
+    def by_output(self) -> bool:
+        """Whether R is a sum over outputs k of norms of V[:, :, k]."""
+        ...
+
+    @property
     def of_lengths(self) -> bool:
         """Whether R is a sum of Euclidean norms of whole columns or groups of whole columns.
 
@@ -58,6 +63,7 @@ def _shrink(norms: np.ndarray, t: float) -> np.ndarray:
 class NeuronPenalty:
     """R(V) = sum_j sum_k ||V[j, :, k]||_2: each output has its own neurons ("one-vs-all")."""
 
+    by_output: ClassVar[bool] = True
     of_lengths: ClassVar[bool] = True
 
     def _norms(self, V: np.ndarray) -> np.ndarray:
@@ -85,6 +91,7 @@ class NeuronPenalty:
 class GatePenalty:
     """R(V) = sum_j ||V[j]||_F: outputs share gates."""
 
+    by_output: ClassVar[bool] = False
     of_lengths: ClassVar[bool] = True
 
     def _norms(self, V: np.ndarray) -> np.ndarray:
@@ -112,6 +119,7 @@ class GatePenalty:
 class NuclearPenalty:
     """R(V) = sum_j ||V[j]||_*, the sum of singular values: few hidden units a gate."""
 
+    by_output: ClassVar[bool] = False
     of_lengths: ClassVar[bool] = False
 
     def value(self, V: np.ndarray) -> float:
@@ -141,6 +149,7 @@ class NuclearPenalty:
 class FeaturePenalty:
     """R(V) = sum_i ||V[:, i, :]||_F: a feature is used by all gates and outputs or by none."""
 
+    by_output: ClassVar[bool] = False
     of_lengths: ClassVar[bool] = False
 
     def _norms(self, V: np.ndarray) -> np.ndarray:
@@ -166,6 +175,7 @@ class FeaturePenalty:
 class L1Penalty:
     """R(V) = sum of |V[j, i, k]|."""
 
+    by_output: ClassVar[bool] = True
     of_lengths: ClassVar[bool] = False
 
     def value(self, V: np.ndarray) -> float:
@@ -189,6 +199,7 @@ class L1Penalty:
 class NoPenalty:
     """R(V) = 0. No scaling makes a residual dual feasible: solvers stop on the KKT residual."""
 
+    by_output: ClassVar[bool] = True
     of_lengths: ClassVar[bool] = True
 
     def value(self, V: np.ndarray) -> float:
@@ -226,6 +237,11 @@ class Regularizer:
     def of_lengths(self) -> bool:
         """Whether Omega only depends on lengths of columns; see ``Penalty.of_lengths``."""
         return self.l1_ratio == 0 or self.penalty.of_lengths
+
+    @property
+    def by_output(self) -> bool:
+        """Whether Omega is a sum over outputs."""
+        return self.l1_ratio == 0 or self.penalty.by_output
 
     @property
     def bounds_the_dual(self) -> bool:

@@ -72,6 +72,16 @@ class ConvexProblem(ABC):
         return self.Y.shape[1]
 
     @property
+    def parts(self) -> list[slice]:
+        """Outputs whose programmes are of their own: each one, or all where something couples them.
+
+        The multinomial loss does, and penalties that are no sums over outputs.
+        """
+        if self.regularizer.by_output and not self.loss.is_coupled:
+            return [slice(k, k + 1) for k in range(self.n_outputs)]
+        return [slice(0, self.n_outputs)]
+
+    @property
     def dtype(self) -> np.dtype:
         """Type of the data and of the weights."""
         return self.operator.dtype

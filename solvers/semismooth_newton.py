@@ -138,12 +138,9 @@ class NewtonSolve(PartwiseSolve):
 
     def __init__(self, settings: SemismoothNewton, problem: GatedReLUProblem, V: np.ndarray):
         self.gated, gates = problem, ScaledGates(problem)
-        outputs = [slice(0, problem.n_outputs)]
-        if isinstance(problem.regularizer.penalty, NeuronPenalty):
-            outputs = [slice(k, k + 1) for k in range(problem.n_outputs)]
         rho = problem.regularizer.l1_ratio
-        self.newton = [DualNewton(settings, gates, columns, rho, V) for columns in outputs]
-        super().__init__(settings, problem, outputs, list(self.newton))
+        self.newton = [DualNewton(settings, gates, columns, rho, V) for columns in problem.parts]
+        super().__init__(settings, problem, problem.parts, list(self.newton))
 
     def solve(self, alpha: float, callback: Callback | None) -> Solution:
         """R-FISTA for as long as it pays, then Newton's method for one part after another."""

@@ -59,8 +59,11 @@ def test_gap_is_the_objective_less_the_best_dual_value(problem):
         Z = problem.forward(V)
         values.append(certificate.offer(*direction(problem, Z)))
     b = problem.intercept(Z)
-    assert certificate.value == max(values)
-    expected = problem.objective(V, b, ALPHA) - max(values)
+    # Each output may have its own best point.
+    assert certificate.value >= max(values)
+    if len(problem.parts) == 1:
+        assert certificate.value == max(values)
+    expected = problem.objective(V, b, ALPHA) - certificate.value
     assert certificate.gap(V, Z, b) == pytest.approx(expected, rel=1e-9)
 
 
