@@ -15,8 +15,8 @@ from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, Progress, Solver
 
-# Operations of one of Newton's steps below which the problem is too small to bother.
-LEAST_WORK = 5e7
+# Operations of one of Newton's steps, for such a share of the gates, below which it is not dear.
+LEAST_WORK, USUAL_SHARE = 2.5e9, 0.2
 # What the interpreter does during an iteration, in operations of a matrix product, and what masks
 # are worth, in columns of X.
 OVERHEAD, MASKING = 3e6, 8
@@ -67,8 +67,10 @@ class FirstOrderStart:
         self.done, self._callback = False, callback
         self._tol, self._time_limit = settings.tol, settings.time_limit
         self._gaps: list[float] = []
-        enough = self._enough(problem.operator.p)
-        if step_work(problem) < LEAST_WORK or enough < 2 * LOOK:
+        p = problem.operator.p
+        usual = max(math.ceil(USUAL_SHARE * p), np.count_nonzero(V.any(axis=(1, 2))))
+        enough = self._enough(p)
+        if step_work(problem, usual) < LEAST_WORK or enough < 2 * LOOK:
             return
         solver = RFISTA(
             tol=settings.tol,
