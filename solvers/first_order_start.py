@@ -10,16 +10,13 @@ import numpy as np
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.fista import RFISTA
-from cvxdistill.solvers.gated_newton import step_work
+from cvxdistill.solvers.gated_newton import iterations_work, step_work
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, Progress, Solver
 
 # Operations of one of Newton's steps, for such a share of the gates, below which it is not dear.
 LEAST_WORK, USUAL_SHARE = 2.5e9, 0.2
-# What the interpreter does during an iteration, in operations of a matrix product, and what masks
-# are worth, in columns of X.
-OVERHEAD, MASKING = 3e6, 8
 # Newton's steps that will be needed, about, and iterations between two looks.
 USUAL_STEPS, LOOK = 20, 20
 
@@ -27,7 +24,7 @@ USUAL_STEPS, LOOK = 20, 20
 def iteration_work(problem: GatedReLUProblem) -> float:
     """Operations of an iteration of R-FISTA, its masks and the interpreter among them."""
     A = problem.operator
-    return 4 * A.n * (A.d + MASKING) * A.p * problem.n_outputs + OVERHEAD
+    return iterations_work(A.n, A.d, A.p, problem.n_outputs)
 
 
 class FirstOrderStart:

@@ -22,12 +22,19 @@ import numba
 import numpy as np
 from scipy import linalg
 
+from cvxdistill.solvers.gated_operator import GatedOperator
 from cvxdistill.solvers.penalties import GatePenalty
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.scaled_gates import ScaledGates
 
 # Newton's steps that will use a Gram matrix that is formed.
 USES = 8
+# Of conjugate gradients: iterations, the share of the residual that may be left, and how many times
+# dearer a factorisation must be.
+ITERATIONS, RESIDUAL_LEFT, DEARER = 10, 0.1, 2.0
+# What the interpreter does during an iteration, in operations of a matrix product, and what masks
+# are worth, in columns of X.
+OVERHEAD, MASKING = 3e6, 8
 # Of matrices of about 0.5 and 1 GB.
 MOST_EXAMPLES, MOST_FEATURES = 8000, 11_000
 
@@ -64,6 +71,56 @@ def newton_direction(
     if examples_work(A.n, len(gates)) <= features_work(A, gates):
         return _by_examples(A, gates, s, W, G, kappa)
     return _by_features(A, gates, s, W, G, kappa)
+
+
+def is_dear(A: ScaledGates, shares: np.ndarray, c: int) -> bool:
+    """Whether a factorisation costs far more than some iterations of conjugate gradients."""
+    gates = np.flatnonzero(shares)
+    work = iterations_work(A.n, A.d, len(gates), c)
+    dearest = DEARER * ITERATIONS * work
+    return bool(min(examples_work(A.n, len(gates)), features_work(A, gates)) > dearest)
+
+
+def iterations_work(n: int, d: int, gates: int, c: int) -> float:
+    """Operations of a product with A and one with A^T, masks and the interpreter among them."""
+    return 4 * n * (d + MASKING) * gates * c + OVERHEAD
+
+
+def conjugate_gradients(
+    A: ScaledGates, shares: np.ndarray, B: np.ndarray, G: np.ndarray, kappa: float
+) -> np.ndarray | None:
+    """What ``newton_direction`` returns, roughly; None if some iterations are not enough for it.
+
+    They are as long as kappa is small: in the first steps, whose gates may not be the last ones'.
+    """
+    gates = np.flatnonzero(shares)
+    if len(gates) == 0:
+        return G
+    some = GatedOperator(A.operator.X, np.ascontiguousarray(A.operator.D[:, gates]))
+    s, W = shares[gates, None], B[gates]
+    W = W / np.sqrt(np.einsum("gk,gk->g", W, W))[:, None]
+
+    def product(U: np.ndarray) -> np.ndarray:
+        """(I + kappa A M A^T) U."""
+        rows = U if A.root is None else U * A.root[:, None]
+        C = some.adjoint(rows).transpose(0, 2, 1).reshape(len(gates), -1)
+        C = s * C + (1 - s) * np.einsum("gk,gk->g", W, C)[:, None] * W
+        V = C.reshape(len(gates), -1, A.d).transpose(0, 2, 1)
+        return U + kappa * A.scaled(some.forward(V))
+
+    found, residual = np.zeros_like(G), G
+    direction, square = G, float(np.vdot(G, G))
+    enough = RESIDUAL_LEFT**2 * square
+    for _ in range(ITERATIONS):
+        image = product(direction)
+        step = square / float(np.vdot(direction, image))
+        found = found + step * direction
+        residual = residual - step * image
+        past, square = square, float(np.vdot(residual, residual))
+        if square <= enough:
+            return found
+        direction = residual + (square / past) * direction
+    return None
 
 
 def examples_work(n: int, gates: int) -> float:

@@ -37,7 +37,7 @@ import numpy as np
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.first_order_start import FirstOrderStart
-from cvxdistill.solvers.gated_newton import newton_direction
+from cvxdistill.solvers.gated_newton import conjugate_gradients, is_dear, newton_direction
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.parts import PartwiseSolve, Watch
 from cvxdistill.solvers.penalties import GatePenalty, NeuronPenalty
@@ -204,6 +204,8 @@ class DualNewton:
         self.rho = l1_ratio
         self.targets = np.ascontiguousarray(gates.targets[:, outputs])
         self.unit = 1 / max(gates.mean_square, 1e-300)
+        # Whether conjugate gradients may do for a direction.
+        self.roughly = True
         self.move(V)
 
     def move(self, V: np.ndarray) -> None:
@@ -258,6 +260,7 @@ class DualNewton:
         """Solve for alpha from here; return the status."""
         settings, n = self.settings, self.gates.n
         start = time.perf_counter()
+        self.roughly = True
         if not self.B.any():
             self._scale(alpha)
         sigma, steps, inner = FIRST_SIGMA * self.unit, 0, 0
@@ -315,7 +318,7 @@ class DualNewton:
         A, n, shrink = self.gates, self.gates.n, self._shrink(alpha, sigma)
         # Rounding that is not centred may be larger than the direction.
         gradient = A.centred(point.gradient)
-        delta = -A.centred(newton_direction(A, point.shares, point.B, gradient, sigma * shrink / n))
+        delta = -A.centred(self._direction(point, gradient, sigma * shrink / n))
         change = A.adjoint(delta)
         a = _best_step(
             *(self.V, self.C, change, sigma, sigma * alpha * self.rho, shrink),
@@ -324,6 +327,16 @@ class DualNewton:
         )
         self.u += a * delta
         self.C += a * change
+
+    def _direction(self, point: Point, gradient: np.ndarray, kappa: float) -> np.ndarray:
+        """Newton's; a rough one where that is dear, until it was not found once."""
+        system = (self.gates, point.shares, point.B, gradient, kappa)
+        if self.roughly and is_dear(self.gates, point.shares, gradient.shape[1]):
+            rough = conjugate_gradients(*system)
+            if rough is not None:
+                return rough
+            self.roughly = False
+        return newton_direction(*system)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -226,3 +226,49 @@ def test_gradients_go_first_on_paths_too(monkeypatch):
     first, again = solve(alphas[0], None), solve(alphas[0], None)
     assert again.n_iter == 0 < first.n_iter
     assert again.relative_gap <= 1e-7
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    p=st.integers(1, 8),
+    c=st.integers(1, 3),
+    intercept=st.booleans(),
+    weighted=st.booleans(),
+    kappa=st.floats(1e-4, 1e-2),
+    seed=st.integers(0, 2**16),
+)
+def test_rough_directions_leave_little_of_the_residual(p, c, intercept, weighted, kappa, seed):
+    problem = programme(30, 4, p, c, seed, weighted, fit_intercept=intercept)
+    A, p, rng = ScaledGates(problem), problem.operator.p, np.random.default_rng(seed)
+    shares = np.where(rng.random(p) < 0.7, rng.uniform(0.01, 0.99, p), 0)
+    shares[0] = 0.5
+    B = rng.standard_normal((p, c * 4)) * (shares > 0)[:, None]
+    G = A.scaled(rng.standard_normal((30, c)))
+    rough = gated_newton.conjugate_gradients(A, shares, B, G, kappa)
+    exact = gated_newton.newton_direction(A, shares, B, G, kappa)
+    assert rough is not None
+    # The residual is (I + kappa A M A^T)(exact - rough), and the matrix is no smaller than 1.
+    left = gated_newton.RESIDUAL_LEFT * np.linalg.norm(G)
+    assert np.linalg.norm(A.centred(exact - rough)) <= left * (1 + 1e-9)
+    # Of a harder system there are none.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_newton, "RESIDUAL_LEFT", 1e-12)
+        patch.setattr(gated_newton, "ITERATIONS", 2)
+        assert gated_newton.conjugate_gradients(A, shares, B, G, 1e6) is None
+
+
+@pytest.mark.parametrize("penalty", ["neuron", "gate"])
+def test_rough_directions_first_lead_to_the_same_optimum(monkeypatch, penalty):
+    problem = programme(n=120, p=20, penalty=penalty, fit_intercept=True, weighted=True)
+    alpha = 0.03 * problem.alpha_max()
+    exact = SemismoothNewton(tol=1e-9).solve(problem, alpha)
+    tried = []
+    found = gated_newton.conjugate_gradients
+    monkeypatch.setattr("cvxdistill.solvers.semismooth_newton.is_dear", lambda *_: True)
+    monkeypatch.setattr(
+        "cvxdistill.solvers.semismooth_newton.conjugate_gradients",
+        lambda *system: tried.append(found(*system)) or tried[-1],
+    )
+    rough = SemismoothNewton(tol=1e-9).solve(problem, alpha)
+    assert rough.converged and any(one is not None for one in tried)
+    assert rough.objective == pytest.approx(exact.objective, rel=1e-8)
