@@ -17,7 +17,8 @@ at the minimiser u of a smooth and strongly convex function, where
 Newton's directions on it solve (I + kappa A M A^T) delta = -n grad, with kappa = sigma /
 ((1 + sigma r) n) and M_j = s_j I + (1 - s_j) w_j w_j^T of the gates that are not zero, w_j = W_j /
 ||W_j||. Only these cost anything but the products A^T delta and A B; the line search is exact and
-costs none. A gap is certified at each of Newton's steps by B and u, scaled until it is feasible.
+costs none. Where a factorisation is dear, a few conjugate gradients do for the first directions. A
+gap is certified at each of Newton's steps by B and u, scaled until it is feasible.
 
 References
 ----------
