@@ -10,7 +10,7 @@ import numpy as np
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.fista import RFISTA
-from cvxdistill.solvers.gated_newton import iterations_work, step_work
+from cvxdistill.solvers.gated_newton import products_work, step_work
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, Progress, Solver
@@ -24,7 +24,7 @@ USUAL_STEPS, LOOK = 20, 20
 def iteration_work(problem: GatedReLUProblem) -> float:
     """Operations of an iteration of R-FISTA, its masks and the interpreter among them."""
     A = problem.operator
-    return iterations_work(A.n, A.d, A.p, problem.n_outputs)
+    return products_work(A.n, A.d, A.p, problem.n_outputs)
 
 
 class FirstOrderStart:

@@ -76,12 +76,12 @@ def newton_direction(
 def is_dear(A: ScaledGates, shares: np.ndarray, c: int) -> bool:
     """Whether a factorisation costs far more than some iterations of conjugate gradients."""
     gates = np.flatnonzero(shares)
-    work = iterations_work(A.n, A.d, len(gates), c)
+    work = products_work(A.n, A.d, len(gates), c)
     dearest = DEARER * ITERATIONS * work
     return bool(min(examples_work(A.n, len(gates)), features_work(A, gates)) > dearest)
 
 
-def iterations_work(n: int, d: int, gates: int, c: int) -> float:
+def products_work(n: int, d: int, gates: int, c: int) -> float:
     """Operations of a product with A and one with A^T, masks and the interpreter among them."""
     return 4 * n * (d + MASKING) * gates * c + OVERHEAD
 
