@@ -4,7 +4,8 @@
     adjoint   C[j] = X^T diag(D[:, j]) R                  (n, c) -> (p, d, c)
 
 Each is one matrix product for a block of rows, with the masking and the sum over gates fused in
-compiled loops over the block while it is in cache. Weights are arrays of shape (p, d, c) whose
+compiled loops over the block while it is in cache; with several outputs rows that agree on some
+gates share their products (``cvxdistill.solvers.pattern_products``). Weights are arrays of shape (p, d, c) whose
 memory is ordered (p, c, d), so that both products run without copying them.
 """
 
@@ -16,6 +17,13 @@ from typing import Any
 import numba
 import numpy as np
 
+from cvxdistill.solvers.pattern_products import (
+    add_adjoint,
+    add_forward,
+    adjoint_pays,
+    block_rows,
+    forward_pays,
+)
 from cvxdistill.solvers.rows import RowSource, check_rows, row_blocks
 from cvxdistill.solvers.threads import one_blas_thread, run_in_threads
 
@@ -95,7 +103,14 @@ class GatedOperator:
             for rows in blocks:
                 _add_masked(np.dot(self.X[rows], W.T), self.D[rows], active, Z[rows])
 
-        self.for_row_blocks(work, len(W))
+        def work_by_patterns(blocks: list[slice]) -> None:
+            for rows in blocks:
+                add_forward(self.X[rows], self.D[rows], W.reshape(-1, c, self.d), active, Z[rows])
+
+        if forward_pays(self.n, len(active), c):
+            self.for_row_blocks(work_by_patterns, len(W), block_rows(self.d, self.dtype))
+        else:
+            self.for_row_blocks(work, len(W))
         return Z
 
     def adjoint(self, R: np.ndarray) -> np.ndarray:
@@ -112,7 +127,17 @@ class GatedOperator:
                 C += np.dot(spread.T, self.X[rows], out=product)
             return C
 
-        C, *others = self.for_row_blocks(work, self.p * c)
+        def work_by_patterns(blocks: list[slice]) -> np.ndarray:
+            C = np.zeros((self.p, c, self.d), dtype=self.dtype)
+            for rows in blocks:
+                add_adjoint(self.X[rows], self.D[rows], R[rows], C)
+            return C.reshape(self.p * c, self.d)
+
+        if adjoint_pays(self.n, self.d, self.dtype, self.p, c):
+            rows = block_rows(self.d, self.dtype)
+            C, *others = self.for_row_blocks(work_by_patterns, self.p * c, rows)
+        else:
+            C, *others = self.for_row_blocks(work, self.p * c)
         for other in others:
             C += other
         if self.scale is not None:
@@ -146,9 +171,14 @@ class GatedOperator:
         C = self.adjoint(R)
         return np.sqrt(np.einsum("pdc,pdc->p", C, C))
 
-    def for_row_blocks(self, work: Callable[[list[slice]], Any], width: int) -> list[Any]:
-        """Call ``work`` on runs of row blocks, one run a thread, BLAS held to one thread each."""
-        blocks = list(row_blocks(self.n, width, self.dtype))
+    def for_row_blocks(
+        self, work: Callable[[list[slice]], Any], width: int, rows: int | None = None
+    ) -> list[Any]:
+        """Call ``work`` on runs of row blocks, one run a thread, BLAS held to one thread each.
+
+        Blocks are of as many ``rows``, or as ``width`` columns of them stay in cache.
+        """
+        blocks = list(row_blocks(self.n, width, self.dtype, rows))
         if self.n * self.d * width < SMALLEST_PARALLEL_WORK:
             return [work(blocks)]
         with one_blas_thread():

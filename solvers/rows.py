@@ -32,9 +32,10 @@ class RowSource(Protocol):
     def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
-def row_blocks(n: int, width: int, dtype: Any) -> Iterator[slice]:
-    """Slices that cover range(n), such that a block of ``width`` columns stays in cache."""
-    size = max(SMALLEST_BLOCK, BLOCK_BYTES // (max(width, 1) * np.dtype(dtype).itemsize))
+def row_blocks(n: int, width: int, dtype: Any, rows: int | None = None) -> Iterator[slice]:
+    """Slices that cover range(n): of ``rows``, or such that ``width`` columns stay in cache."""
+    in_cache = BLOCK_BYTES // (max(width, 1) * np.dtype(dtype).itemsize)
+    size = max(SMALLEST_BLOCK, in_cache) if rows is None else rows
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 

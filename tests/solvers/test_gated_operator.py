@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cvxdistill.solvers import GatedOperator, activation_patterns, sample_gates
+from cvxdistill.solvers.pattern_products import adjoint_pays, forward_pays
 
 
 def random_weights(rng, p, d, c, dtype):
@@ -18,7 +19,8 @@ def random_weights(rng, p, d, c, dtype):
 
 @st.composite
 def operator_cases(draw):
-    n, d, p, c = (draw(st.integers(1, top)) for top in (40, 7, 6, 4))
+    n, d, p = (draw(st.integers(1, top)) for top in (40, 7, 10))
+    c = draw(st.sampled_from([1, 2, 3, 4, 5, 16, 19]))
     return {
         "shape": (n, d, p, c),
         "dtype": draw(st.sampled_from([np.float32, np.float64])),
@@ -27,11 +29,12 @@ def operator_cases(draw):
         "blocks": draw(st.sampled_from([1, 3, 10_000])),
         "threads": draw(st.sampled_from([1, 3])),
         "scaled": draw(st.booleans()),
+        "patterns": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**20)),
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(operator_cases())
 def test_forward_and_adjoint_equal_the_explicit_matrix(rows_only, gated_matrix, case):
     n, d, p, c = case["shape"]
@@ -50,6 +53,10 @@ def test_forward_and_adjoint_equal_the_explicit_matrix(rows_only, gated_matrix, 
         if case["threads"] > 1:
             patch.setattr("cvxdistill.solvers.gated_operator.SMALLEST_PARALLEL_WORK", 0)
             patch.setattr("cvxdistill.solvers.threads.n_threads", lambda: 3)
+        if case["patterns"]:
+            for name in ("FEWEST_ROWS", "FEWEST_OUTPUTS", "FEWEST_BYTES"):
+                patch.setattr(f"cvxdistill.solvers.pattern_products.{name}", 1)
+            patch.setattr("cvxdistill.solvers.pattern_products.MOST_ROWS", case["blocks"])
         A = GatedOperator(rows_only(X) if case["source"] else X, D, scale=scale)
         Z, C, norms = A.forward(V), A.adjoint(R), A.gate_gradient_norms(R)
 
@@ -75,9 +82,35 @@ def test_weights_in_any_memory_order_give_the_same_predictions(order, c):
     np.testing.assert_array_equal(A.forward(np.asarray(V, order=order)), A.forward(V))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_that_agree_on_gates_share_their_products(gated_matrix, order):
+    n, d, p, c = 1100, 70, 9, 6
+    rng = np.random.default_rng(0)
+    X, D = rng.standard_normal((n, d)), rng.random((n, p)) < 0.4
+    X = np.asarray(X, order=order)
+    V, R = random_weights(rng, p, d, c, float), rng.standard_normal((n, c))
+    assert forward_pays(n, np.count_nonzero(V.any(axis=(1, 2))), c)
+    assert adjoint_pays(n, d, float, p, c)
+    A, explicit = GatedOperator(X, D), gated_matrix(X, D)
+    np.testing.assert_allclose(A.forward(V), explicit @ V.reshape(-1, c), rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(A.adjoint(R).reshape(-1, c), explicit.T @ R, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("c", [2, 6])
+def test_what_is_not_a_number_is_not_lost(c):
+    rng = np.random.default_rng(0)
+    X, D = rng.standard_normal((600, 70)), rng.random((600, 8)) < 0.5
+    A = GatedOperator(X, D)
+    V, R = rng.standard_normal((8, 70, c)), rng.standard_normal((600, c))
+    V[3, 5, 1], R[7, 0] = np.nan, np.inf
+    assert np.isnan(A.forward(V)[D[:, 3], 1]).all()
+    assert not np.isfinite(A.adjoint(R)[D[7], :, 0]).any()
+
+
+@pytest.mark.parametrize("c", [2, 6])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_no_array_of_n_times_p_times_d_exists(dtype):
-    n, d, p, c = 6000, 60, 80, 2
+def test_no_array_of_n_times_p_times_d_exists(dtype, c):
+    n, d, p = 6000, 130, 80
     X = np.random.default_rng(0).standard_normal((n, d)).astype(dtype)
     D, G = activation_patterns(X, sample_gates(d, p, random_state=0, dtype=dtype))
     A = GatedOperator(X, D)
