@@ -5,8 +5,8 @@
 
 Each is one matrix product for a block of rows, with the masking and the sum over gates fused in
 compiled loops over the block while it is in cache; with several outputs rows that agree on some
-gates share their products (``cvxdistill.solvers.pattern_products``). Weights are arrays of shape (p, d, c) whose
-memory is ordered (p, c, d), so that both products run without copying them.
+gates share their products (``cvxdistill.solvers.pattern_products``). Weights are arrays of shape
+(p, d, c) whose memory is ordered (p, c, d), so that both products run without copying them.
 """
 
 from __future__ import annotations

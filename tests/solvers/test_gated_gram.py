@@ -5,15 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cvxdistill.solvers.gated_gram import FEWEST_INPUTS, gated_gram
+from cvxdistill.solvers.gated_gram import MANY_INPUTS, gated_gram
 from cvxdistill.solvers.growing_matrix import GrowingMatrix
 
 
-@pytest.mark.parametrize("d", [3, FEWEST_INPUTS, 40])
-@pytest.mark.parametrize("first", [0, 2, 4])
-def test_it_is_the_product_of_the_columns(d, first):
+@pytest.mark.parametrize("d", [1, 3, MANY_INPUTS - 1, MANY_INPUTS])
+@pytest.mark.parametrize("first", [0, 2, 4, 10])
+@pytest.mark.parametrize("many", [100, 10_000])
+def test_it_is_the_product_of_the_columns(d, first, many, monkeypatch):
+    monkeypatch.setattr("cvxdistill.solvers.gated_gram.MANY_EXAMPLES", many)
     rng = np.random.default_rng(0)
-    n, gates = 700, 5
+    n, gates = 700, 11
     X, D, h = rng.standard_normal((n, d)), rng.random((n, gates)) < 0.5, rng.random(n)
     D[:, 3] = False
     h[:10] = 0
