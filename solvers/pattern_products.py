@@ -7,7 +7,7 @@ Of four gates a row has one of 16 patterns t. With the sums of weights that a pa
 so that four gates cost one product, or none where all are off; and the adjoint collects
 T[t] = sum of r_i x_i^T over the rows of each pattern, and C[j] = sum of T[t] over patterns with j.
 (The four Russians' method for Boolean matrices; Arlazarov, Dinic, Kronrod and Faradzev 1970.)
-That is less than a third of the operations of one matrix product for all gates, in loops of at least
+That is less than a third of the operations of one product for all gates, in loops of at least
 half of its rate: with several outputs 2 to 3 times as fast forward, and 1.3 to 1.7 times back.
 """
 
