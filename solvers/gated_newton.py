@@ -11,12 +11,15 @@ gates,
     N^-1 = I - A F^-1 A^T,    F = A^T A + diag(1 / (kappa s)),
 
 and the rest, one rank for each gate, comes in by Woodbury's identity; with one output it is in the
-matrix itself, F = A^T A + M^-1 / kappa.
+matrix itself, F = A^T A + M^-1 / kappa. Large matrices of one output are factorised in single
+precision, and an iteration or a few of conjugate gradients mend what that leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numba
 import numpy as np
@@ -35,8 +38,13 @@ ITERATIONS, RESIDUAL_LEFT, DEARER = 10, 0.1, 2.0
 # What the interpreter does during an iteration, in operations of a matrix product, and what masks
 # are worth, in columns of X.
 OVERHEAD, MASKING = 3e6, 8
+# Operations from which on single precision saves more than mending it costs, and the share of the
+# residual that mending may leave.
+LARGE, MENDED = 3e8, 1e-3
 # Of matrices of about 0.5 and 1 GB.
 MOST_EXAMPLES, MOST_FEATURES = 8000, 11_000
+
+Inverse = Callable[[np.ndarray], np.ndarray]
 
 
 def newton_direction(
@@ -66,11 +74,37 @@ def newton_direction(
     gates = np.flatnonzero(shares)
     if len(gates) == 0:
         return G
-    s, W = shares[gates], B[gates]
-    W /= np.sqrt(np.einsum("gk,gk->g", W, W))[:, None]
-    if examples_work(A.n, len(gates)) <= features_work(A, gates):
-        return _by_examples(A, gates, s, W, G, kappa)
-    return _by_features(A, gates, s, W, G, kappa)
+    s, W = shares[gates], _directions(B[gates])
+    by_examples, by_features = examples_work(A.n, len(gates)), features_work(A, gates)
+    if G.shape[1] > 1:
+        several = _several_by_examples if by_examples <= by_features else _several_by_features
+        return several(A, gates, s, W, G, kappa)
+    inverse = _by_examples if by_examples <= by_features else _by_features
+    return inverse(A, gates, s, W, kappa, np.float64)(G)
+
+
+def mended_direction(
+    A: ScaledGates, shares: np.ndarray, B: np.ndarray, G: np.ndarray, kappa: float
+) -> np.ndarray | None:
+    """What ``newton_direction`` returns for one output, from a factor in single precision.
+
+    None if that is too rough for conjugate gradients to mend.
+    """
+    gates = np.flatnonzero(shares)
+    s, W = shares[gates], _directions(B[gates])
+    examples = examples_work(A.n, len(gates)) <= features_work(A, gates)
+    inverse = _by_examples if examples else _by_features
+    try:
+        single = inverse(A, gates, s, W, kappa, np.float32)
+    except FloatingPointError:
+        return None
+    return conjugate_gradients(A, shares, B, G, kappa, MENDED, single)
+
+
+def is_large(A: ScaledGates, shares: np.ndarray, c: int) -> bool:
+    """Whether single precision saves more than mending it costs; with one output."""
+    gates = np.flatnonzero(shares)
+    return c == 1 and min(examples_work(A.n, len(gates)), features_work(A, gates)) > LARGE
 
 
 def is_dear(A: ScaledGates, shares: np.ndarray, c: int) -> bool:
@@ -87,18 +121,24 @@ def products_work(n: int, d: int, gates: int, c: int) -> float:
 
 
 def conjugate_gradients(
-    A: ScaledGates, shares: np.ndarray, B: np.ndarray, G: np.ndarray, kappa: float
+    A: ScaledGates,
+    shares: np.ndarray,
+    B: np.ndarray,
+    G: np.ndarray,
+    kappa: float,
+    residual_left: float = RESIDUAL_LEFT,
+    inverse: Inverse = lambda R: R,
 ) -> np.ndarray | None:
     """What ``newton_direction`` returns, roughly; None if some iterations are not enough for it.
 
-    They are as long as kappa is small: in the first steps, whose gates may not be the last ones'.
+    Without the inverse of a matrix like theirs they are as long as kappa is small: in the first
+    steps, whose gates may not be the last ones'.
     """
     gates = np.flatnonzero(shares)
     if len(gates) == 0:
         return G
     some = GatedOperator(A.operator.X, np.ascontiguousarray(A.operator.D[:, gates]))
-    s, W = shares[gates, None], B[gates]
-    W = W / np.sqrt(np.einsum("gk,gk->g", W, W))[:, None]
+    s, W = shares[gates, None], _directions(B[gates])
 
     def product(U: np.ndarray) -> np.ndarray:
         """(I + kappa A M A^T) U."""
@@ -109,18 +149,27 @@ def conjugate_gradients(
         return U + kappa * A.scaled(some.forward(V))
 
     found, residual = np.zeros_like(G), G
-    direction, square = G, float(np.vdot(G, G))
-    enough = RESIDUAL_LEFT**2 * square
+    direction = inverse(G)
+    inner, enough = float(np.vdot(G, direction)), residual_left * np.linalg.norm(G)
     for _ in range(ITERATIONS):
         image = product(direction)
-        step = square / float(np.vdot(direction, image))
+        curvature = float(np.vdot(direction, image))
+        if not (inner > 0 and curvature > 0):  # The inverse is too rough.
+            return None
+        step = inner / curvature
         found = found + step * direction
         residual = residual - step * image
-        past, square = square, float(np.vdot(residual, residual))
-        if square <= enough:
+        if np.linalg.norm(residual) <= enough:
             return found
-        direction = residual + (square / past) * direction
+        ahead = inverse(residual)
+        past, inner = inner, float(np.vdot(residual, ahead))
+        direction = ahead + (inner / past) * direction
     return None
+
+
+def _directions(W: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    return W / np.sqrt(np.einsum("gk,gk->g", W, W))[:, None]
 
 
 def examples_work(n: int, gates: int) -> float:
@@ -149,18 +198,25 @@ def step_work(problem: GatedReLUProblem, gates: int | None = None) -> float:
 
 
 def _by_examples(
+    A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, kappa: float, dtype: Any
+) -> Inverse:
+    """With one output, from a factor (n, n)."""
+    N = A.outer(gates, kappa * s, dtype)
+    roots = A.along(gates, W)[:, 0] * np.sqrt(kappa * (1 - s))
+    syrk = linalg.blas.get_blas_funcs("syrk", (N,))
+    N = syrk(1.0, roots.T, beta=1.0, c=N, trans=1, overwrite_c=1)
+    N.flat[:: A.n + 1] += 1
+    return partial(_orthogonal, A, _factorised(N))
+
+
+def _several_by_examples(
     A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, G: np.ndarray, kappa: float
 ) -> np.ndarray:
-    n, c = G.shape
-    N = A.outer(gates, kappa * s)
-    along = A.along(gates, W)
-    if c == 1:
-        roots = along[:, 0] * np.sqrt(kappa * (1 - s))
-        N = linalg.blas.dsyrk(1.0, roots.T, beta=1.0, c=N, trans=1, overwrite_c=1)
+    n = len(G)
+    N = A.outer(gates, kappa * s, np.float64)
     N.flat[:: n + 1] += 1
-    if c == 1:
-        return _orthogonal(A, _factorised(N), G)
     solve = _factorised(N)
+    along = A.along(gates, W)
     back = solve(along.reshape(n, -1)).reshape(along.shape)
     ranks = _ranks(np.einsum("ncg,nch->gh", along, back, optimize=True), kappa * (1 - s))
 
@@ -171,9 +227,7 @@ def _by_examples(
     return _orthogonal(A, inverse, G)
 
 
-def _orthogonal(
-    A: ScaledGates, inverse: Callable[[np.ndarray], np.ndarray], G: np.ndarray
-) -> np.ndarray:
+def _orthogonal(A: ScaledGates, inverse: Inverse, G: np.ndarray) -> np.ndarray:
     """The solution for centred features from the inverse for others.
 
     What is orthogonal to the constant is inverse(G + constant mu^T) with such a mu.
@@ -187,52 +241,78 @@ def _orthogonal(
 
 
 def _by_features(
+    A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, kappa: float, dtype: Any
+) -> Inverse:
+    """With one output, from a factor of as many rows as the gates have features."""
+    d, m = A.d, A.d * len(gates)
+    F = _features_matrix(A, gates, s, kappa, dtype)
+    _along(F, W.reshape(len(gates), d), (1 - 1 / s) / (kappa * A.n))
+    solve = _factorised(F.T)
+
+    def inverse(Q: np.ndarray) -> np.ndarray:
+        V = np.zeros((A.p, d))
+        V[gates] = solve(A.adjoint(Q, gates).reshape(m, 1)).reshape(len(gates), d)
+        return Q - A.forward(V)
+
+    return inverse
+
+
+def _features_matrix(
+    A: ScaledGates, gates: np.ndarray, s: np.ndarray, kappa: float, dtype: Any
+) -> np.ndarray:
+    """The lower triangle of F / n, but for the ranks.
+
+    In units where A^T A is H = A^T A / n: kappa n for kappa, and sqrt(n) for A.
+    """
+    H, places = A.gram.of(gates)
+    m = A.d * len(gates)
+    F = np.empty((m, m), dtype)
+    _fill(H, places, A.d, 1 / (kappa * A.n * s), F)
+    return F
+
+
+def _several_by_features(
     A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, G: np.ndarray, kappa: float
 ) -> np.ndarray:
     n, c = G.shape
     d, m = A.d, A.d * len(gates)
-    # In units where A^T A is H = A^T A / n: kappa n for kappa, and sqrt(n) for A.
+    solve = _factorised(_features_matrix(A, gates, s, kappa, np.float64).T)
     H, places = A.gram.of(gates)
-    F = np.empty((m, m))
-    _fill(H, places, d, 1 / (kappa * n * s), F)
     W = W.reshape(len(gates), c, d).transpose(0, 2, 1)
+    images = np.empty((m, c, len(gates)))
+    _images(H, places, d, W, images)
+    back = solve(images.reshape(m, -1)).reshape(images.shape)
+    # What is along w_g, of N^-1 a_g.
+    own = -back
+    for g, w in enumerate(W):
+        own[g * d : (g + 1) * d, :, g] += w
+    ranks = _ranks(np.einsum("mcg,mch->gh", own, images, optimize=True), kappa * n * (1 - s))
     P = A.adjoint(G, gates).reshape(len(gates), c, d).transpose(0, 2, 1).reshape(m, c)
-    if c == 1:
-        _along(F, W[:, :, 0], (1 - 1 / s) / (kappa * n))
-        e = _factorised(F.T)(P)
-    else:
-        solve = _factorised(F.T)
-        images = np.empty((m, c, len(gates)))
-        _images(H, places, d, W, images)
-        back = solve(images.reshape(m, -1)).reshape(images.shape)
-        # What is along w_g, of N^-1 a_g.
-        own = -back
-        for g, w in enumerate(W):
-            own[g * d : (g + 1) * d, :, g] += w
-        ranks = _ranks(np.einsum("mcg,mch->gh", own, images, optimize=True), kappa * n * (1 - s))
-        e = solve(P) + own @ ranks(np.einsum("mcg,mc->g", own, P, optimize=True))
+    e = solve(P) + own @ ranks(np.einsum("mcg,mc->g", own, P, optimize=True))
     V = np.zeros((A.p, c * d))
     V[gates] = e.reshape(len(gates), d, c).transpose(0, 2, 1).reshape(len(gates), -1)
     return G - A.forward(V)
 
 
-def _factorised(M: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """The inverse of a positive definite matrix as a function.
+def _factorised(M: np.ndarray) -> Inverse:
+    """The inverse of a positive definite matrix as a function, in its precision.
 
     M is in the order of Fortran, written over, and only its upper triangle counts.
     """
-    factor, failed = linalg.lapack.dpotrf(M, overwrite_a=1, clean=0)
+    kind = "s" if M.dtype == np.float32 else "d"
+    potrf, potrs = (getattr(linalg.lapack, f"{kind}{name}") for name in ("potrf", "potrs"))
+    factor, failed = potrf(M, overwrite_a=1, clean=0)
     if failed:
         raise FloatingPointError("Newton's matrix is singular: scale X or Y.")
 
     def solve(b: np.ndarray) -> np.ndarray:
-        x: np.ndarray = linalg.lapack.dpotrs(factor, b)[0]
-        return x
+        x: np.ndarray = potrs(factor, b.astype(factor.dtype, copy=False))[0]
+        return x.astype(b.dtype, copy=False)
 
     return solve
 
 
-def _ranks(C: np.ndarray, weights: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def _ranks(C: np.ndarray, weights: np.ndarray) -> Inverse:
     """(diag(1 / weights) + C)^-1 as a function; weights may be 0."""
     root = np.sqrt(weights)
     M = C * root * root[:, None]

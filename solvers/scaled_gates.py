@@ -11,6 +11,7 @@ with means m weighted by h; zero where there is no intercept.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy import linalg
@@ -45,6 +46,7 @@ class ScaledGates:
             self.constant = root / np.linalg.norm(root)
         self.targets = self.scaled(problem.Y.astype(np.float64))
         self.gram = GateGram(self)
+        self._kept: np.ndarray | None = None
 
     def scaled(self, Z: np.ndarray) -> np.ndarray:
         """H^1/2 (Z - 1 m^T) for Z (n, k)."""
@@ -94,22 +96,24 @@ class ScaledGates:
         X = self.operator.X[:]
         return X if self.root is None else X * self.root[:, None]
 
-    @cached_property
-    def _inner_products(self) -> np.ndarray:
-        """Those of the rows, (n, n), in the order of Fortran."""
-        return (self._rows @ self._rows.T).T
+    def _inner_products(self, dtype: Any) -> np.ndarray:
+        """Those of the rows, (n, n), in the order of Fortran; of one type at a time."""
+        if self._kept is None or self._kept.dtype != dtype:
+            rows = self._rows.astype(dtype, copy=False)
+            self._kept = (rows @ rows.T).T
+        return self._kept
 
-    def outer(self, gates: np.ndarray, shares: np.ndarray) -> np.ndarray:
-        """sum_g shares_g A_g A_g^T, not centred, (n, n) in the order of Fortran.
+    def outer(self, gates: np.ndarray, shares: np.ndarray, dtype: Any) -> np.ndarray:
+        """sum_g shares_g A_g A_g^T, not centred, (n, n) of a type, in the order of Fortran.
 
         Only the upper triangle counts. The inner products of the examples times those of their
         patterns:
 
             sum_g s_g diag(D_g) X X^T diag(D_g) = (X X^T) * (D diag(s) D^T).
         """
-        D = self.operator.D[:, gates] * np.sqrt(shares)
-        N: np.ndarray = linalg.blas.dsyrk(1.0, D.T, trans=1)
-        N *= self._inner_products
+        D = self.operator.D[:, gates] * np.sqrt(shares).astype(dtype)
+        N: np.ndarray = linalg.blas.get_blas_funcs("syrk", (D,))(1.0, D.T, trans=1)
+        N *= self._inner_products(dtype)
         return N
 
 

@@ -38,7 +38,13 @@ import numpy as np
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.first_order_start import FirstOrderStart
-from cvxdistill.solvers.gated_newton import conjugate_gradients, is_dear, newton_direction
+from cvxdistill.solvers.gated_newton import (
+    conjugate_gradients,
+    is_dear,
+    is_large,
+    mended_direction,
+    newton_direction,
+)
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.parts import PartwiseSolve, Watch
 from cvxdistill.solvers.penalties import GatePenalty, NeuronPenalty
@@ -205,8 +211,8 @@ class DualNewton:
         self.rho = l1_ratio
         self.targets = np.ascontiguousarray(gates.targets[:, outputs])
         self.unit = 1 / max(gates.mean_square, 1e-300)
-        # Whether conjugate gradients may do for a direction.
-        self.roughly = True
+        # Whether conjugate gradients may do for a direction, and factors in single precision.
+        self.roughly = self.singly = True
         self.move(V)
 
     def move(self, V: np.ndarray) -> None:
@@ -261,7 +267,7 @@ class DualNewton:
         """Solve for alpha from here; return the status."""
         settings, n = self.settings, self.gates.n
         start = time.perf_counter()
-        self.roughly = True
+        self.roughly = self.singly = True
         if not self.B.any():
             self._scale(alpha)
         sigma, steps, inner = FIRST_SIGMA * self.unit, 0, 0
@@ -330,13 +336,19 @@ class DualNewton:
         self.C += a * change
 
     def _direction(self, point: Point, gradient: np.ndarray, kappa: float) -> np.ndarray:
-        """Newton's; a rough one where that is dear, until it was not found once."""
+        """Newton's; rougher and cheaper ones where it is dear, until they fail once."""
         system = (self.gates, point.shares, point.B, gradient, kappa)
-        if self.roughly and is_dear(self.gates, point.shares, gradient.shape[1]):
+        size = (self.gates, point.shares, gradient.shape[1])
+        if self.roughly and is_dear(*size):
             rough = conjugate_gradients(*system)
             if rough is not None:
                 return rough
             self.roughly = False
+        if self.singly and is_large(*size):
+            mended = mended_direction(*system)
+            if mended is not None:
+                return mended
+            self.singly = False
         return newton_direction(*system)
 
 

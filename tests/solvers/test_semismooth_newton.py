@@ -252,9 +252,58 @@ def test_rough_directions_leave_little_of_the_residual(p, c, intercept, weighted
     assert np.linalg.norm(A.centred(exact - rough)) <= left * (1 + 1e-9)
     # Of a harder system there are none.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_newton, "RESIDUAL_LEFT", 1e-12)
         patch.setattr(gated_newton, "ITERATIONS", 2)
-        assert gated_newton.conjugate_gradients(A, shares, B, G, 1e6) is None
+        assert gated_newton.conjugate_gradients(A, shares, B, G, 1e6, 1e-12) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    p=st.integers(1, 8),
+    intercept=st.booleans(),
+    weighted=st.booleans(),
+    features=st.booleans(),
+    kappa=st.floats(1e-4, 10),
+    seed=st.integers(0, 2**16),
+)
+def test_single_precision_is_mended(p, intercept, weighted, features, kappa, seed):
+    problem = programme(30, 4, p, 1, seed, weighted, fit_intercept=intercept)
+    A, p, rng = ScaledGates(problem), problem.operator.p, np.random.default_rng(seed)
+    shares = np.where(rng.random(p) < 0.7, rng.uniform(0.01, 0.99, p), 0)
+    shares[0] = 0.5
+    B = rng.standard_normal((p, 4)) * (shares > 0)[:, None]
+    G = A.scaled(rng.standard_normal((30, 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_newton, "examples_work", lambda *_: float(features))
+        patch.setattr(gated_newton, "features_work", lambda *_: float(not features))
+        mended = gated_newton.mended_direction(A, shares, B, G, kappa)
+        exact = gated_newton.newton_direction(A, shares, B, G, kappa)
+        assert mended is not None and mended.dtype == np.float64
+        left = gated_newton.MENDED * np.linalg.norm(G)
+        assert np.linalg.norm(A.centred(exact - mended)) <= left * (1 + 1e-9)
+
+        def singular(M):
+            raise FloatingPointError
+
+        patch.setattr(gated_newton, "_factorised", singular)
+        assert gated_newton.mended_direction(A, shares, B, G, kappa) is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_single_precision_leads_to_the_same_optimum_and_is_left_where_it_fails(monkeypatch, fails):
+    problem = programme(n=120, p=20, c=1, fit_intercept=True, weighted=True)
+    alpha = 0.003 * problem.alpha_max()
+    exact = SemismoothNewton(tol=1e-9).solve(problem, alpha)
+    tried = []
+    found = gated_newton.mended_direction
+    monkeypatch.setattr(gated_newton, "LARGE", 0)
+    monkeypatch.setattr(
+        "cvxdistill.solvers.semismooth_newton.mended_direction",
+        lambda *system: tried.append(None if fails else found(*system)) or tried[-1],
+    )
+    single = SemismoothNewton(tol=1e-9).solve(problem, alpha)
+    assert single.converged
+    assert single.objective == pytest.approx(exact.objective, rel=1e-8)
+    assert len(tried) == 1 if fails else sum(one is not None for one in tried) > 5
 
 
 @pytest.mark.parametrize("penalty", ["neuron", "gate"])
