@@ -4,7 +4,8 @@
 
 Forward and adjoint of ``GatedOperator`` on n rows of d inputs, p gates and c outputs do 2 n d p c
 useful operations. So does the plain product of (n, d) and (d, p c), with which they take turns.
-Half of the pattern's entries are set. Medians; all threads, or as many as OMP_NUM_THREADS says.
+Half of the pattern's entries are set. With several outputs the operator shares products, and its
+rate may be above the machine's. Medians; all threads, or as many as OMP_NUM_THREADS says.
 """
 
 from __future__ import annotations
@@ -36,17 +37,22 @@ SIZES = [
     (10_000, 577, 8, 512),
     (100_000, 64, 64, 1),
 ]
-REPEATS = 7
+# Turns, and calls in a row of each.
+REPEATS, IN_A_ROW = 5, 5
+# Before each turn: BLAS's threads go on spinning for some time after a product.
+PAUSE = 0.1
 
 
 def seconds_of(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, made in turns after one that is not counted."""
+    """Median seconds of each call, made in turns, the first of which is not counted."""
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
+            time.sleep(PAUSE)
             call()
-            if repeat:
+            for _ in range(IN_A_ROW):
+                start = time.perf_counter()
+                call()
                 found[name].append(time.perf_counter() - start)
     return {name: median(times) for name, times in found.items()}
 

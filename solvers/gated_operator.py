@@ -24,8 +24,8 @@ from cvxdistill.solvers.pattern_products import (
     block_rows,
     forward_pays,
 )
-from cvxdistill.solvers.rows import RowSource, check_rows, row_blocks
-from cvxdistill.solvers.threads import one_blas_thread, run_in_threads
+from cvxdistill.solvers.rows import RowSource, check_rows, even_blocks, row_blocks
+from cvxdistill.solvers.threads import n_threads, one_blas_thread, run_in_threads
 
 # Multiply-adds below which a second thread costs more than it brings.
 SMALLEST_PARALLEL_WORK = 2_000_000
@@ -100,8 +100,12 @@ class GatedOperator:
             W = W / self.scale
 
         def work(blocks: list[slice]) -> None:
+            longest = max(rows.stop - rows.start for rows in blocks)
+            products = np.empty((longest, len(W)), dtype=self.dtype)
             for rows in blocks:
-                _add_masked(np.dot(self.X[rows], W.T), self.D[rows], active, Z[rows])
+                part = products[: rows.stop - rows.start]
+                np.dot(self.X[rows], W.T, out=part)
+                _add_masked(part, self.D[rows], active, Z[rows])
 
         def work_by_patterns(blocks: list[slice]) -> None:
             for rows in blocks:
@@ -182,7 +186,7 @@ class GatedOperator:
         if self.n * self.d * width < SMALLEST_PARALLEL_WORK:
             return [work(blocks)]
         with one_blas_thread():
-            return run_in_threads(work, blocks)
+            return run_in_threads(work, even_blocks(self.n, len(blocks), n_threads()))
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})

@@ -7,12 +7,13 @@ cut as they are asked for and never lie in memory all at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
 # A block of rows and what is computed from it should stay in cache.
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2 * 2**20
 SMALLEST_BLOCK = 512
 
 
@@ -38,6 +39,13 @@ def row_blocks(n: int, width: int, dtype: Any, rows: int | None = None) -> Itera
     size = max(SMALLEST_BLOCK, in_cache) if rows is None else rows
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def even_blocks(n: int, count: int, threads: int) -> list[slice]:
+    """Slices of equal size that cover range(n): at least ``count``, as many for each thread."""
+    count = min(-(-count // threads) * threads, n)
+    ends = [n * k // count for k in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def check_rows(X: Any, name: str = "X") -> RowSource:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cvxdistill.solvers.rows import BLOCK_BYTES, SMALLEST_BLOCK, check_rows, row_blocks
+from cvxdistill.solvers.rows import BLOCK_BYTES, SMALLEST_BLOCK, check_rows, even_blocks, row_blocks
 from cvxdistill.solvers.threads import one_blas_thread, run_in_threads
 
 
@@ -20,6 +20,16 @@ def test_blocks_cover_all_rows_once_in_order_and_fit_in_cache(n, width, dtype):
         rows = block.stop - block.start
         size = rows * width * np.dtype(dtype).itemsize
         assert rows > 0 and (size <= BLOCK_BYTES or rows <= SMALLEST_BLOCK)
+
+
+@given(st.integers(1, 10**4), st.integers(1, 50), st.integers(1, 9))
+def test_even_blocks_are_as_many_for_each_thread(n, count, threads):
+    blocks = even_blocks(n, count, threads)
+    assert blocks[0].start == 0 and blocks[-1].stop == n
+    assert all(a.stop == b.start for a, b in itertools.pairwise(blocks))
+    sizes = [block.stop - block.start for block in blocks]
+    assert 0 < min(sizes) <= max(sizes) <= min(sizes) + 1
+    assert len(blocks) == n or (len(blocks) >= count and len(blocks) % threads == 0)
 
 
 @pytest.mark.parametrize("given_as", ["float32", "float64"])
