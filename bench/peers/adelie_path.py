@@ -48,6 +48,7 @@ def solve(job: dict[str, Any]) -> dict[str, Any]:
             irls_tol=job["tol"],
             adev_tol=1.0,
             early_exit=False,
+            max_iters=10**9,  # Time is what ends it.
             n_threads=threads,
             progress_bar=False,
             exit_cond=lambda _: time.perf_counter() > limit,
