@@ -44,7 +44,7 @@ PAUSE = 0.1
 
 
 def seconds_of(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, made in turns, the first of which is not counted."""
+    """Median seconds of each, several calls a turn, after one that is not counted."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

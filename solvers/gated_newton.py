@@ -75,12 +75,10 @@ def newton_direction(
     if len(gates) == 0:
         return G
     s, W = shares[gates], _directions(B[gates])
-    by_examples, by_features = examples_work(A.n, len(gates)), features_work(A, gates)
-    if G.shape[1] > 1:
-        several = _several_by_examples if by_examples <= by_features else _several_by_features
-        return several(A, gates, s, W, G, kappa)
-    inverse = _by_examples if by_examples <= by_features else _by_features
-    return inverse(A, gates, s, W, kappa, np.float64)(G)
+    if G.shape[1] == 1:
+        return _inverse(A, gates, s, W, kappa, np.float64)(G)
+    several = _several_by_examples if _of_examples(A, gates) else _several_by_features
+    return several(A, gates, s, W, G, kappa)
 
 
 def mended_direction(
@@ -92,10 +90,8 @@ def mended_direction(
     """
     gates = np.flatnonzero(shares)
     s, W = shares[gates], _directions(B[gates])
-    examples = examples_work(A.n, len(gates)) <= features_work(A, gates)
-    inverse = _by_examples if examples else _by_features
     try:
-        single = inverse(A, gates, s, W, kappa, np.float32)
+        single = _inverse(A, gates, s, W, kappa, np.float32)
     except FloatingPointError:
         return None
     return conjugate_gradients(A, shares, B, G, kappa, MENDED, single)
@@ -195,6 +191,19 @@ def step_work(problem: GatedReLUProblem, gates: int | None = None) -> float:
     by_features = m**3 / 3 + (2 + ranks) * m**2 if m <= MOST_FEATURES else np.inf
     work = min(examples_work(A.n, G) + ranks * A.n**2, by_features)
     return work if shared else c * work
+
+
+def _of_examples(A: ScaledGates, gates: np.ndarray) -> bool:
+    """Whether the matrix of the examples is the cheaper one."""
+    return examples_work(A.n, len(gates)) <= features_work(A, gates)
+
+
+def _inverse(
+    A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, kappa: float, dtype: Any
+) -> Inverse:
+    """(I + kappa A M A^T)^-1 with one output, from a factor of a type."""
+    make = _by_examples if _of_examples(A, gates) else _by_features
+    return make(A, gates, s, W, kappa, dtype)
 
 
 def _by_examples(
