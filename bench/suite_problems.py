@@ -97,7 +97,7 @@ def activations(network: str, block: str, images: int, rows: int) -> tuple[np.nd
         layout = infer_layout(captured.inputs.shape[1:], captured.outputs.shape[1:])
         wanted = np.random.default_rng(0).permutation(images * layout.n_positions)[:rows]
         wanted.sort()
-        X = np.asarray(layout.rows(captured.inputs)[wanted], dtype=np.float64)
+        X = np.asarray(layout.rows(captured.inputs).take(wanted), dtype=np.float64)
         Y = np.asarray(layout.targets(captured.outputs, wanted), dtype=np.float64)
     X = X - X.mean(axis=0)
     Y = Y - Y.mean(axis=0)

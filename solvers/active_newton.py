@@ -25,6 +25,8 @@ import numba
 import numpy as np
 from scipy import linalg
 
+from cvxdistill.solvers.conjugate_gradients import conjugate_gradients
+
 # Added to the diagonal, relative to its mean; in single precision.
 DAMPING, SINGLE_DAMPING = 1e-11, 1e-6
 # Of conjugate gradients with such a factor of the same matrix: relative residual and most steps.
@@ -305,35 +307,6 @@ def _examples_cholesky(
         return N
 
     return Cholesky.of(make)
-
-
-def conjugate_gradients(
-    product: Callable[[np.ndarray], np.ndarray],
-    precondition: Callable[[np.ndarray], np.ndarray],
-    b: np.ndarray,
-    tol: float,
-    max_iter: int,
-) -> tuple[np.ndarray, bool]:
-    """x with A x = b to a residual of tol, in the norm of the preconditioner, and whether it is."""
-    x = np.zeros_like(b)
-    r = b.copy()
-    z = precondition(r)
-    p = z.copy()
-    rz = first = float(np.vdot(r, z))
-    for _ in range(max_iter):
-        if rz <= tol**2 * first:
-            return x, True
-        Ap = product(p)
-        curvature = float(np.vdot(p, Ap))
-        if not curvature > 0:
-            return x, False
-        step = rz / curvature
-        x += step * p
-        r -= step * Ap
-        z = precondition(r)
-        before, rz = rz, float(np.vdot(r, z))
-        p = z + (rz / before) * p
-    return x, rz <= tol**2 * first
 
 
 def step_length(

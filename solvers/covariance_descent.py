@@ -13,11 +13,11 @@ import numpy as np
 
 from cvxdistill.solvers.active_newton import (
     HessianFactor,
-    conjugate_gradients,
     direction_from_gram,
     hessian_product,
 )
 from cvxdistill.solvers.block_descent import SWEEP_COST, BlockDescent, update_block
+from cvxdistill.solvers.conjugate_gradients import conjugate_gradients
 from cvxdistill.solvers.group_penalties import Penalties, smooth_part
 
 # Features of a tile of the covariance form: its piece of H, of P and of B stay in cache.

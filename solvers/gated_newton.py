@@ -1,4 +1,4 @@
-"""Newton's directions on the dual of gated ReLU: (I + kappa A M A^T)^-1 times a gradient.
+"""Newton's systems on the dual of gated ReLU, I + kappa A M A^T, and their inverses.
 
 With M_g = s_g I + (1 - s_g) w_g w_g^T of gates g, w_g of length 1, and c outputs,
 
@@ -11,14 +11,13 @@ gates,
     N^-1 = I - A F^-1 A^T,    F = A^T A + diag(1 / (kappa s)),
 
 and the rest, one rank for each gate, comes in by Woodbury's identity; with one output it is in the
-matrix itself, F = A^T A + M^-1 / kappa. Large matrices of one output are factorised in single
-precision, and an iteration or a few of conjugate gradients mend what that leaves.
+matrix itself, F = A^T A + M^-1 / kappa.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -32,25 +31,17 @@ from cvxdistill.solvers.scaled_gates import ScaledGates
 
 # Newton's steps that will use a Gram matrix that is formed.
 USES = 8
-# Of conjugate gradients: iterations, the share of the residual that may be left, and how many times
-# dearer a factorisation must be.
-ITERATIONS, RESIDUAL_LEFT, DEARER = 10, 0.1, 2.0
 # What the interpreter does during an iteration, in operations of a matrix product, and what masks
 # are worth, in columns of X.
 OVERHEAD, MASKING = 3e6, 8
-# Operations from which on single precision saves more than mending it costs, and the share of the
-# residual that mending may leave.
-LARGE, MENDED = 3e8, 1e-3
 # Of matrices of about 0.5 and 1 GB.
 MOST_EXAMPLES, MOST_FEATURES = 8000, 11_000
 
 Inverse = Callable[[np.ndarray], np.ndarray]
 
 
-def newton_direction(
-    A: ScaledGates, shares: np.ndarray, B: np.ndarray, G: np.ndarray, kappa: float
-) -> np.ndarray:
-    """(I + kappa A M A^T)^-1 G.
+class NewtonSystem:
+    """I + kappa A M A^T for matrices (n, c) that are centred where there is an intercept.
 
     Parameters
     ----------
@@ -59,113 +50,76 @@ def newton_direction(
         s_g; gates with 0 have no part.
     B : ndarray of shape (p, c d)
         Along w_g.
-    G : ndarray of shape (n, c)
     kappa : float
 
-    Returns
-    -------
-    ndarray of shape (n, c)
-
-    Raises
-    ------
-    FloatingPointError
-        If the matrix is singular to working precision.
+    Attributes
+    ----------
+    gates : ndarray of int
+        Those with a part.
     """
-    gates = np.flatnonzero(shares)
-    if len(gates) == 0:
-        return G
-    s, W = shares[gates], _directions(B[gates])
-    if G.shape[1] == 1:
-        return _inverse(A, gates, s, W, kappa, np.float64)(G)
-    several = _several_by_examples if _of_examples(A, gates) else _several_by_features
-    return several(A, gates, s, W, G, kappa)
 
+    def __init__(self, A: ScaledGates, shares: np.ndarray, B: np.ndarray, kappa: float):
+        self.A, self.kappa = A, kappa
+        self.c = B.shape[1] // A.d
+        self.gates = np.flatnonzero(shares)
+        self.s, W = shares[self.gates], B[self.gates]
+        self.W = W / np.sqrt(np.einsum("gk,gk->g", W, W))[:, None]
 
-def mended_direction(
-    A: ScaledGates, shares: np.ndarray, B: np.ndarray, G: np.ndarray, kappa: float
-) -> np.ndarray | None:
-    """What ``newton_direction`` returns for one output, from a factor in single precision.
+    @property
+    def of_examples(self) -> bool:
+        """Whether the matrix of the examples is the cheaper one."""
+        return examples_work(self.A.n, len(self.gates)) <= features_work(self.A, self.gates)
 
-    None if that is too rough for conjugate gradients to mend.
-    """
-    gates = np.flatnonzero(shares)
-    s, W = shares[gates], _directions(B[gates])
-    try:
-        single = _inverse(A, gates, s, W, kappa, np.float32)
-    except FloatingPointError:
-        return None
-    return conjugate_gradients(A, shares, B, G, kappa, MENDED, single)
+    @property
+    def factor_work(self) -> float:
+        """Operations of the cheaper matrix and its factorisation."""
+        return min(examples_work(self.A.n, len(self.gates)), features_work(self.A, self.gates))
 
+    @property
+    def product_work(self) -> float:
+        """Operations of a product with the system."""
+        return products_work(self.A.n, self.A.d, len(self.gates), self.c)
 
-def is_large(A: ScaledGates, shares: np.ndarray, c: int) -> bool:
-    """Whether single precision saves more than mending it costs; with one output."""
-    gates = np.flatnonzero(shares)
-    return c == 1 and min(examples_work(A.n, len(gates)), features_work(A, gates)) > LARGE
+    @cached_property
+    def _features(self) -> GatedOperator:
+        """Of its gates."""
+        A = self.A.operator
+        return GatedOperator(A.X, np.ascontiguousarray(A.D[:, self.gates]))
 
+    def forward(self, V: np.ndarray) -> np.ndarray:
+        """A V, (n, c), for V of shape (gates, c d)."""
+        A = self.A
+        return A.scaled(self._features.forward(V.reshape(len(V), -1, A.d).transpose(0, 2, 1)))
 
-def is_dear(A: ScaledGates, shares: np.ndarray, c: int) -> bool:
-    """Whether a factorisation costs far more than some iterations of conjugate gradients."""
-    gates = np.flatnonzero(shares)
-    work = products_work(A.n, A.d, len(gates), c)
-    dearest = DEARER * ITERATIONS * work
-    return bool(min(examples_work(A.n, len(gates)), features_work(A, gates)) > dearest)
+    def adjoint(self, U: np.ndarray) -> np.ndarray:
+        """A^T U / n, (gates, c d)."""
+        A = self.A
+        C = self._features.adjoint(U if A.root is None else U * A.root[:, None])
+        return C.transpose(0, 2, 1).reshape(len(self.gates), -1) / A.n
+
+    def product(self, U: np.ndarray) -> np.ndarray:
+        """(I + kappa A M A^T) U."""
+        s, W, C = self.s[:, None], self.W, self.adjoint(U)
+        MC = s * C + (1 - s) * np.einsum("gk,gk->g", W, C)[:, None] * W
+        return U + self.kappa * self.A.n * self.forward(MC)
+
+    def inverse(self, dtype: Any = np.float64) -> Inverse:
+        """(I + kappa A M A^T)^-1 as a function, from a factor of a type.
+
+        Raises
+        ------
+        FloatingPointError
+            If a matrix is singular to its precision.
+        """
+        if self.c == 1:
+            return _by_examples(self, dtype) if self.of_examples else _by_features(self, dtype)
+        several = _several_by_examples if self.of_examples else _several_by_features
+        return several(self, dtype)
 
 
 def products_work(n: int, d: int, gates: int, c: int) -> float:
     """Operations of a product with A and one with A^T, masks and the interpreter among them."""
     return 4 * n * (d + MASKING) * gates * c + OVERHEAD
-
-
-def conjugate_gradients(
-    A: ScaledGates,
-    shares: np.ndarray,
-    B: np.ndarray,
-    G: np.ndarray,
-    kappa: float,
-    residual_left: float = RESIDUAL_LEFT,
-    inverse: Inverse = lambda R: R,
-) -> np.ndarray | None:
-    """What ``newton_direction`` returns, roughly; None if some iterations are not enough for it.
-
-    Without the inverse of a matrix like theirs they are as long as kappa is small: in the first
-    steps, whose gates may not be the last ones'.
-    """
-    gates = np.flatnonzero(shares)
-    if len(gates) == 0:
-        return G
-    some = GatedOperator(A.operator.X, np.ascontiguousarray(A.operator.D[:, gates]))
-    s, W = shares[gates, None], _directions(B[gates])
-
-    def product(U: np.ndarray) -> np.ndarray:
-        """(I + kappa A M A^T) U."""
-        rows = U if A.root is None else U * A.root[:, None]
-        C = some.adjoint(rows).transpose(0, 2, 1).reshape(len(gates), -1)
-        C = s * C + (1 - s) * np.einsum("gk,gk->g", W, C)[:, None] * W
-        V = C.reshape(len(gates), -1, A.d).transpose(0, 2, 1)
-        return U + kappa * A.scaled(some.forward(V))
-
-    found, residual = np.zeros_like(G), G
-    direction = inverse(G)
-    inner, enough = float(np.vdot(G, direction)), residual_left * np.linalg.norm(G)
-    for _ in range(ITERATIONS):
-        image = product(direction)
-        curvature = float(np.vdot(direction, image))
-        if not (inner > 0 and curvature > 0):  # The inverse is too rough.
-            return None
-        step = inner / curvature
-        found = found + step * direction
-        residual = residual - step * image
-        if np.linalg.norm(residual) <= enough:
-            return found
-        ahead = inverse(residual)
-        past, inner = inner, float(np.vdot(residual, ahead))
-        direction = ahead + (inner / past) * direction
-    return None
-
-
-def _directions(W: np.ndarray) -> np.ndarray:
-    """Rows of length 1."""
-    return W / np.sqrt(np.einsum("gk,gk->g", W, W))[:, None]
 
 
 def examples_work(n: int, gates: int) -> float:
@@ -193,39 +147,23 @@ def step_work(problem: GatedReLUProblem, gates: int | None = None) -> float:
     return work if shared else c * work
 
 
-def _of_examples(A: ScaledGates, gates: np.ndarray) -> bool:
-    """Whether the matrix of the examples is the cheaper one."""
-    return examples_work(A.n, len(gates)) <= features_work(A, gates)
-
-
-def _inverse(
-    A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, kappa: float, dtype: Any
-) -> Inverse:
-    """(I + kappa A M A^T)^-1 with one output, from a factor of a type."""
-    make = _by_examples if _of_examples(A, gates) else _by_features
-    return make(A, gates, s, W, kappa, dtype)
-
-
-def _by_examples(
-    A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, kappa: float, dtype: Any
-) -> Inverse:
+def _by_examples(system: NewtonSystem, dtype: Any) -> Inverse:
     """With one output, from a factor (n, n)."""
-    N = A.outer(gates, kappa * s, dtype)
-    roots = A.along(gates, W)[:, 0] * np.sqrt(kappa * (1 - s))
+    A, s, kappa = system.A, system.s, system.kappa
+    N = A.outer(system.gates, kappa * s, dtype)
+    roots = A.along(system.gates, system.W)[:, 0] * np.sqrt(kappa * (1 - s))
     syrk = linalg.blas.get_blas_funcs("syrk", (N,))
     N = syrk(1.0, roots.T, beta=1.0, c=N, trans=1, overwrite_c=1)
     N.flat[:: A.n + 1] += 1
-    return partial(_orthogonal, A, _factorised(N))
+    return _orthogonal(A, _factorised(N), 1)
 
 
-def _several_by_examples(
-    A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, G: np.ndarray, kappa: float
-) -> np.ndarray:
-    n = len(G)
-    N = A.outer(gates, kappa * s, np.float64)
+def _several_by_examples(system: NewtonSystem, dtype: Any) -> Inverse:
+    A, s, kappa, n = system.A, system.s, system.kappa, system.A.n
+    N = A.outer(system.gates, kappa * s, dtype)
     N.flat[:: n + 1] += 1
     solve = _factorised(N)
-    along = A.along(gates, W)
+    along = A.along(system.gates, system.W)
     back = solve(along.reshape(n, -1)).reshape(along.shape)
     ranks = _ranks(np.einsum("ncg,nch->gh", along, back, optimize=True), kappa * (1 - s))
 
@@ -233,74 +171,75 @@ def _several_by_examples(
         out = solve(Q)
         return out - back @ ranks(np.einsum("ncg,nc->g", along, out, optimize=True))
 
-    return _orthogonal(A, inverse, G)
+    return _orthogonal(A, inverse, system.c)
 
 
-def _orthogonal(A: ScaledGates, inverse: Inverse, G: np.ndarray) -> np.ndarray:
-    """The solution for centred features from the inverse for others.
+def _orthogonal(A: ScaledGates, inverse: Inverse, c: int) -> Inverse:
+    """The inverse for centred features from that for others.
 
     What is orthogonal to the constant is inverse(G + constant mu^T) with such a mu.
     """
-    out = inverse(G)
     if A.constant is None:
-        return out
-    shifts = np.stack([inverse(np.outer(A.constant, e)) for e in np.eye(G.shape[1])], axis=2)
-    sums = np.einsum("n,nck->ck", A.constant, shifts)
-    return out - shifts @ np.linalg.solve(sums, A.constant @ out)
+        return inverse
+    constant = A.constant
+    shifts = np.stack([inverse(np.outer(constant, e)) for e in np.eye(c)], axis=2)
+    sums = np.einsum("n,nck->ck", constant, shifts)
+
+    def centred(G: np.ndarray) -> np.ndarray:
+        out = inverse(G)
+        return out - shifts @ np.linalg.solve(sums, constant @ out)
+
+    return centred
 
 
-def _by_features(
-    A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, kappa: float, dtype: Any
-) -> Inverse:
+def _by_features(system: NewtonSystem, dtype: Any) -> Inverse:
     """With one output, from a factor of as many rows as the gates have features."""
-    d, m = A.d, A.d * len(gates)
-    F = _features_matrix(A, gates, s, kappa, dtype)
-    _along(F, W.reshape(len(gates), d), (1 - 1 / s) / (kappa * A.n))
+    A, s, gates = system.A, system.s, len(system.gates)
+    F = _features_matrix(system, dtype)
+    _along(F, system.W, (1 - 1 / s) / (system.kappa * A.n))
     solve = _factorised(F.T)
 
     def inverse(Q: np.ndarray) -> np.ndarray:
-        V = np.zeros((A.p, d))
-        V[gates] = solve(A.adjoint(Q, gates).reshape(m, 1)).reshape(len(gates), d)
-        return Q - A.forward(V)
+        return Q - system.forward(solve(system.adjoint(Q).reshape(-1, 1)).reshape(gates, A.d))
 
     return inverse
 
 
-def _features_matrix(
-    A: ScaledGates, gates: np.ndarray, s: np.ndarray, kappa: float, dtype: Any
-) -> np.ndarray:
+def _features_matrix(system: NewtonSystem, dtype: Any) -> np.ndarray:
     """The lower triangle of F / n, but for the ranks.
 
     In units where A^T A is H = A^T A / n: kappa n for kappa, and sqrt(n) for A.
     """
-    H, places = A.gram.of(gates)
-    m = A.d * len(gates)
+    A = system.A
+    H, places = A.gram.of(system.gates)
+    m = A.d * len(places)
     F = np.empty((m, m), dtype)
-    _fill(H, places, A.d, 1 / (kappa * A.n * s), F)
+    _fill(H, places, A.d, 1 / (system.kappa * A.n * system.s), F)
     return F
 
 
-def _several_by_features(
-    A: ScaledGates, gates: np.ndarray, s: np.ndarray, W: np.ndarray, G: np.ndarray, kappa: float
-) -> np.ndarray:
-    n, c = G.shape
-    d, m = A.d, A.d * len(gates)
-    solve = _factorised(_features_matrix(A, gates, s, kappa, np.float64).T)
-    H, places = A.gram.of(gates)
-    W = W.reshape(len(gates), c, d).transpose(0, 2, 1)
-    images = np.empty((m, c, len(gates)))
+def _several_by_features(system: NewtonSystem, dtype: Any) -> Inverse:
+    A, c, s, gates = system.A, system.c, system.s, len(system.gates)
+    d, m = A.d, A.d * gates
+    solve = _factorised(_features_matrix(system, dtype).T)
+    H, places = A.gram.of(system.gates)
+    W = system.W.reshape(gates, c, d).transpose(0, 2, 1)
+    images = np.empty((m, c, gates))
     _images(H, places, d, W, images)
     back = solve(images.reshape(m, -1)).reshape(images.shape)
     # What is along w_g, of N^-1 a_g.
     own = -back
     for g, w in enumerate(W):
         own[g * d : (g + 1) * d, :, g] += w
-    ranks = _ranks(np.einsum("mcg,mch->gh", own, images, optimize=True), kappa * n * (1 - s))
-    P = A.adjoint(G, gates).reshape(len(gates), c, d).transpose(0, 2, 1).reshape(m, c)
-    e = solve(P) + own @ ranks(np.einsum("mcg,mc->g", own, P, optimize=True))
-    V = np.zeros((A.p, c * d))
-    V[gates] = e.reshape(len(gates), d, c).transpose(0, 2, 1).reshape(len(gates), -1)
-    return G - A.forward(V)
+    inner = np.einsum("mcg,mch->gh", own, images, optimize=True)
+    ranks = _ranks(inner, system.kappa * A.n * (1 - s))
+
+    def inverse(Q: np.ndarray) -> np.ndarray:
+        P = system.adjoint(Q).reshape(gates, c, d).transpose(0, 2, 1).reshape(m, c)
+        e = solve(P) + own @ ranks(np.einsum("mcg,mc->g", own, P, optimize=True))
+        return Q - system.forward(e.reshape(gates, d, c).transpose(0, 2, 1).reshape(gates, -1))
+
+    return inverse
 
 
 def _factorised(M: np.ndarray) -> Inverse:
@@ -326,8 +265,8 @@ def _ranks(C: np.ndarray, weights: np.ndarray) -> Inverse:
     root = np.sqrt(weights)
     M = C * root * root[:, None]
     M.flat[:: len(M) + 1] += 1
-    factor = linalg.cho_factor(M, check_finite=False)
-    return lambda x: root * linalg.cho_solve(factor, root * x, check_finite=False)
+    solve = _factorised(M.T)
+    return lambda x: root * solve(root * x)
 
 
 @numba.njit(cache=True, nogil=True)

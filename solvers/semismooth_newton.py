@@ -38,14 +38,8 @@ import numpy as np
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.first_order_start import FirstOrderStart
-from cvxdistill.solvers.gated_newton import (
-    conjugate_gradients,
-    is_dear,
-    is_large,
-    mended_direction,
-    newton_direction,
-)
 from cvxdistill.solvers.losses import SquaredLoss
+from cvxdistill.solvers.newton_directions import NewtonDirections
 from cvxdistill.solvers.parts import PartwiseSolve, Watch
 from cvxdistill.solvers.penalties import GatePenalty, NeuronPenalty
 from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
@@ -211,8 +205,7 @@ class DualNewton:
         self.rho = l1_ratio
         self.targets = np.ascontiguousarray(gates.targets[:, outputs])
         self.unit = 1 / max(gates.mean_square, 1e-300)
-        # Whether conjugate gradients may do for a direction, and factors in single precision.
-        self.roughly = self.singly = True
+        self.directions = NewtonDirections(gates)
         self.move(V)
 
     def move(self, V: np.ndarray) -> None:
@@ -267,7 +260,7 @@ class DualNewton:
         """Solve for alpha from here; return the status."""
         settings, n = self.settings, self.gates.n
         start = time.perf_counter()
-        self.roughly = self.singly = True
+        self.directions.renew()
         if not self.B.any():
             self._scale(alpha)
         sigma, steps, inner = FIRST_SIGMA * self.unit, 0, 0
@@ -325,7 +318,8 @@ class DualNewton:
         A, n, shrink = self.gates, self.gates.n, self._shrink(alpha, sigma)
         # Rounding that is not centred may be larger than the direction.
         gradient = A.centred(point.gradient)
-        delta = -A.centred(self._direction(point, gradient, sigma * shrink / n))
+        direction = self.directions(point.shares, point.B, gradient, sigma * shrink / n)
+        delta = -A.centred(direction)
         change = A.adjoint(delta)
         a = _best_step(
             *(self.V, self.C, change, sigma, sigma * alpha * self.rho, shrink),
@@ -334,22 +328,6 @@ class DualNewton:
         )
         self.u += a * delta
         self.C += a * change
-
-    def _direction(self, point: Point, gradient: np.ndarray, kappa: float) -> np.ndarray:
-        """Newton's; rougher and cheaper ones where it is dear, until they fail once."""
-        system = (self.gates, point.shares, point.B, gradient, kappa)
-        size = (self.gates, point.shares, gradient.shape[1])
-        if self.roughly and is_dear(*size):
-            rough = conjugate_gradients(*system)
-            if rough is not None:
-                return rough
-            self.roughly = False
-        if self.singly and is_large(*size):
-            mended = mended_direction(*system)
-            if mended is not None:
-                return mended
-            self.singly = False
-        return newton_direction(*system)
 
 
 @numba.njit(cache=True, nogil=True)

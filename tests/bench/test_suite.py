@@ -231,6 +231,9 @@ def test_the_grid_is_that_of_the_tables():
     assert not suite.takes("Adam", found["uci/glass/500/0.1"])
     assert suite.takes("Adam", found["uci/glass/100/0.1"])
     assert not suite.takes("skglm", found["classes/wine/0.1"])
+    block = suite_problems.block("resnet20", "layer3", images=10, rows=300, n_gates=8)
+    assert block["X"].shape == (300, 289) and block["Y"].shape == (300, 5)
+    assert block["X"].std() == pytest.approx(1) and block["D"].shape == (300, 8)
 
 
 def test_growth_changes_one_size_only():

@@ -11,13 +11,16 @@ from cvxdistill.solvers.growing_matrix import GrowingMatrix
 
 @pytest.mark.parametrize("d", [1, 3, MANY_INPUTS - 1, MANY_INPUTS])
 @pytest.mark.parametrize("first", [0, 2, 4, 10])
-@pytest.mark.parametrize("many", [100, 10_000])
-def test_it_is_the_product_of_the_columns(d, first, many, monkeypatch):
-    monkeypatch.setattr("cvxdistill.solvers.gated_gram.MANY_EXAMPLES", many)
+@pytest.mark.parametrize("larger", [(), (0,), (0, 0)])
+@pytest.mark.parametrize("most", [2**14, 2**26])
+def test_it_is_the_product_of_the_columns(d, first, larger, most, monkeypatch):
+    for name, value in (("SUMMED", larger), ("GATHERED", larger), ("MOST_BYTES", most)):
+        monkeypatch.setattr(f"cvxdistill.solvers.gated_gram.{name}", value)
     rng = np.random.default_rng(0)
     n, gates = 700, 11
     X, D, h = rng.standard_normal((n, d)), rng.random((n, gates)) < 0.5, rng.random(n)
     D[:, 3] = False
+    D[:, 7] = True
     h[:10] = 0
     A = (D[:, :, None] * X[:, None, :]).reshape(n, gates * d)
     expected = (A * h[:, None]).T @ A[:, first * d :]

@@ -1,4 +1,4 @@
-"""Semismooth Newton's method: its directions against dense algebra, its optima by their gaps."""
+"""Semismooth Newton's method: its optima by their gaps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from cvxdistill.solvers import (
     SemismoothNewton,
     activation_patterns,
     duality_gap,
-    gated_newton,
     sample_gates,
     solve_path,
 )
-from cvxdistill.solvers.scaled_gates import ScaledGates
 
 
 def programme(n=40, d=3, p=6, c=2, seed=0, weighted=False, dtype=np.float64, **options):
@@ -43,43 +41,6 @@ def dense_features(problem):
             part = part - h @ part / h.sum()
         columns.append(np.sqrt(h)[:, None] * part)
     return np.hstack(columns), h
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(4, 25),
-    d=st.integers(1, 5),
-    p=st.integers(1, 6),
-    c=st.integers(1, 3),
-    intercept=st.booleans(),
-    weighted=st.booleans(),
-    features=st.booleans(),
-    kappa=st.floats(1e-3, 1e3),
-    seed=st.integers(0, 2**16),
-)
-def test_directions_solve_newtons_system(n, d, p, c, intercept, weighted, features, kappa, seed):
-    problem = programme(n, d, p, c, seed, weighted, fit_intercept=intercept)
-    A, p, rng = ScaledGates(problem), problem.operator.p, np.random.default_rng(seed)
-    shares = np.where(rng.random(p) < 0.7, rng.uniform(0.01, 0.99, p), 0)
-    B = rng.standard_normal((p, c * d)) * (shares > 0)[:, None]
-    G = A.scaled(rng.standard_normal((n, c)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_newton, "examples_work", lambda *_: float(features))
-        patch.setattr(gated_newton, "features_work", lambda *_: float(not features))
-        found = gated_newton.newton_direction(A, shares, B, G, kappa)
-
-    columns, _ = dense_features(problem)
-    big = np.kron(columns, np.eye(c))  # rows (example, output), columns (gate, input, output)
-    M = np.zeros((p * d * c, p * d * c))
-    for g in range(p):
-        mine = slice(g * d * c, (g + 1) * d * c)
-        w = B[g].reshape(c, d).T.ravel()
-        if shares[g] > 0:
-            w = w / np.linalg.norm(w)
-            M[mine, mine] = shares[g] * np.eye(d * c) + (1 - shares[g]) * np.outer(w, w)
-    N = np.eye(n * c) + kappa * big @ M @ big.T
-    wanted = np.linalg.solve(N, G.ravel()).reshape(n, c)
-    np.testing.assert_allclose(found, wanted, atol=1e-7 * np.abs(G).max())
 
 
 @settings(max_examples=40, deadline=None)
@@ -226,98 +187,3 @@ def test_gradients_go_first_on_paths_too(monkeypatch):
     first, again = solve(alphas[0], None), solve(alphas[0], None)
     assert again.n_iter == 0 < first.n_iter
     assert again.relative_gap <= 1e-7
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    p=st.integers(1, 8),
-    c=st.integers(1, 3),
-    intercept=st.booleans(),
-    weighted=st.booleans(),
-    kappa=st.floats(1e-4, 1e-2),
-    seed=st.integers(0, 2**16),
-)
-def test_rough_directions_leave_little_of_the_residual(p, c, intercept, weighted, kappa, seed):
-    problem = programme(30, 4, p, c, seed, weighted, fit_intercept=intercept)
-    A, p, rng = ScaledGates(problem), problem.operator.p, np.random.default_rng(seed)
-    shares = np.where(rng.random(p) < 0.7, rng.uniform(0.01, 0.99, p), 0)
-    shares[0] = 0.5
-    B = rng.standard_normal((p, c * 4)) * (shares > 0)[:, None]
-    G = A.scaled(rng.standard_normal((30, c)))
-    rough = gated_newton.conjugate_gradients(A, shares, B, G, kappa)
-    exact = gated_newton.newton_direction(A, shares, B, G, kappa)
-    assert rough is not None
-    # The residual is (I + kappa A M A^T)(exact - rough), and the matrix is no smaller than 1.
-    left = gated_newton.RESIDUAL_LEFT * np.linalg.norm(G)
-    assert np.linalg.norm(A.centred(exact - rough)) <= left * (1 + 1e-9)
-    # Of a harder system there are none.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_newton, "ITERATIONS", 2)
-        assert gated_newton.conjugate_gradients(A, shares, B, G, 1e6, 1e-12) is None
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    p=st.integers(1, 8),
-    intercept=st.booleans(),
-    weighted=st.booleans(),
-    features=st.booleans(),
-    kappa=st.floats(1e-4, 10),
-    seed=st.integers(0, 2**16),
-)
-def test_single_precision_is_mended(p, intercept, weighted, features, kappa, seed):
-    problem = programme(30, 4, p, 1, seed, weighted, fit_intercept=intercept)
-    A, p, rng = ScaledGates(problem), problem.operator.p, np.random.default_rng(seed)
-    shares = np.where(rng.random(p) < 0.7, rng.uniform(0.01, 0.99, p), 0)
-    shares[0] = 0.5
-    B = rng.standard_normal((p, 4)) * (shares > 0)[:, None]
-    G = A.scaled(rng.standard_normal((30, 1)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_newton, "examples_work", lambda *_: float(features))
-        patch.setattr(gated_newton, "features_work", lambda *_: float(not features))
-        mended = gated_newton.mended_direction(A, shares, B, G, kappa)
-        exact = gated_newton.newton_direction(A, shares, B, G, kappa)
-        assert mended is not None and mended.dtype == np.float64
-        left = gated_newton.MENDED * np.linalg.norm(G)
-        assert np.linalg.norm(A.centred(exact - mended)) <= left * (1 + 1e-9)
-
-        def singular(M):
-            raise FloatingPointError
-
-        patch.setattr(gated_newton, "_factorised", singular)
-        assert gated_newton.mended_direction(A, shares, B, G, kappa) is None
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_single_precision_leads_to_the_same_optimum_and_is_left_where_it_fails(monkeypatch, fails):
-    problem = programme(n=120, p=20, c=1, fit_intercept=True, weighted=True)
-    alpha = 0.003 * problem.alpha_max()
-    exact = SemismoothNewton(tol=1e-9).solve(problem, alpha)
-    tried = []
-    found = gated_newton.mended_direction
-    monkeypatch.setattr(gated_newton, "LARGE", 0)
-    monkeypatch.setattr(
-        "cvxdistill.solvers.semismooth_newton.mended_direction",
-        lambda *system: tried.append(None if fails else found(*system)) or tried[-1],
-    )
-    single = SemismoothNewton(tol=1e-9).solve(problem, alpha)
-    assert single.converged
-    assert single.objective == pytest.approx(exact.objective, rel=1e-8)
-    assert len(tried) == 1 if fails else sum(one is not None for one in tried) > 5
-
-
-@pytest.mark.parametrize("penalty", ["neuron", "gate"])
-def test_rough_directions_first_lead_to_the_same_optimum(monkeypatch, penalty):
-    problem = programme(n=120, p=20, penalty=penalty, fit_intercept=True, weighted=True)
-    alpha = 0.03 * problem.alpha_max()
-    exact = SemismoothNewton(tol=1e-9).solve(problem, alpha)
-    tried = []
-    found = gated_newton.conjugate_gradients
-    monkeypatch.setattr("cvxdistill.solvers.semismooth_newton.is_dear", lambda *_: True)
-    monkeypatch.setattr(
-        "cvxdistill.solvers.semismooth_newton.conjugate_gradients",
-        lambda *system: tried.append(found(*system)) or tried[-1],
-    )
-    rough = SemismoothNewton(tol=1e-9).solve(problem, alpha)
-    assert rough.converged and any(one is not None for one in tried)
-    assert rough.objective == pytest.approx(exact.objective, rel=1e-8)
