@@ -63,7 +63,7 @@ class FirstOrderStart:
         self.solution: Solution | None = None
         self.done, self._callback = False, callback
         self._tol, self._time_limit = settings.tol, settings.time_limit
-        self._gaps: list[float] = []
+        self._gaps: dict[int, float] = {}  # By iteration.
         p = problem.operator.p
         usual = max(math.ceil(USUAL_SHARE * p), np.count_nonzero(V.any(axis=(1, 2))))
         enough = self._enough(p)
@@ -98,7 +98,8 @@ class FirstOrderStart:
         return self._callback(replace(progress, iteration=iteration, seconds=seconds))
 
     def _watch(self, progress: Progress) -> bool:
-        self._gaps.append(progress.gap)
+        # In double precision for the first time, an iteration is seen again.
+        self._gaps[progress.iteration] = progress.gap
         self.done = self._callback is not None and bool(self._callback(progress))
         return self.done or self._is_late(progress.active_gates)
 
@@ -109,9 +110,10 @@ class FirstOrderStart:
     def _is_late(self, gates: int) -> bool:
         if len(self._gaps) < 3:
             return False
-        past, now = self._gaps[-3], self._gaps[-1]
+        gaps = list(self._gaps.values())
+        past, now = gaps[-3], gaps[-1]
         if not 0 < self._tol <= now < past:
             return True
         # The gap falls by past / now in two looks.
         looks = 2 * math.log(now / self._tol) / math.log(past / now)
-        return (len(self._gaps) - 1 + looks) * LOOK > self._enough(gates)
+        return (len(gaps) - 1 + looks) * LOOK > self._enough(gates)

@@ -7,6 +7,7 @@ minimise over V, b   L(Z, Y) + alpha * sum_j R(V[j]),    Z = sum_j diag(D[:, j])
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any
@@ -245,6 +246,18 @@ class GatedReLUProblem(ConvexProblem):
     def weights_shape(self) -> tuple[int, int, int]:
         """(p, d, c)."""
         return self.operator.p, self.operator.d, self.n_outputs
+
+    @cached_property
+    def in_single(self) -> GatedReLUProblem:
+        """The programme in float32, with a copy of X."""
+        A, single = self.operator, copy.copy(self)
+        single.Y = self.Y.astype(np.float32)
+        single.scale = None if self.scale is None else self.scale.astype(np.float32)
+        single.loss = AverageLoss(
+            self.loss.loss, single.Y, self.loss.weights, fit_intercept=self.fit_intercept
+        )
+        single.operator = GatedOperator(A.X[:].astype(np.float32), A.D, scale=single.scale)
+        return single
 
     @cached_property
     def principal_axes(self) -> tuple[np.ndarray, np.ndarray]:
