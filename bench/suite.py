@@ -2,7 +2,7 @@
 
     make bench                                   everything, hours; goes on where it stopped
     make bench-quick                             two small tables, one run each, some minutes
-    python bench/suite.py --problems uci/wine    those whose names begin so
+    python bench/suite.py --problems uci/wine    those that begin so; another run may do others
     python bench/suite.py --report               the tables and pictures of what is done
 
 The problems are those of ``suite_problems.py``. Everybody has the same data, gates, alpha, float64
@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -101,6 +103,13 @@ def takes(name: str, problem: SuiteProblem) -> bool:
     return problem.penalty in PEERS[name].penalties and not (name.startswith("Adam") and long)
 
 
+def own_folder() -> Path:
+    """Where this process and its workers exchange files; another may run beside it."""
+    folder = CACHE / f"process-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 class Measured:
     """One problem: its data in a file, its optimum, and what weights are worth."""
 
@@ -111,7 +120,7 @@ class Measured:
             *(self.data[name] for name in ("X", "Y", "D")), penalty=problem.penalty
         )
         self.alpha = problem.ratio * self.programme.alpha_max()
-        self.file, self.result = CACHE / "data.npz", CACHE / "result.npz"
+        self.file, self.result = own_folder() / "data.npz", own_folder() / "result.npz"
         self.optimum, self.optimum_gap = self._reference()
         np.savez(self.file, **self.data)
 
@@ -166,10 +175,10 @@ class Field:
         rng = np.random.default_rng(0)
         X = rng.standard_normal((60, 4))
         D, G = (X @ (G := rng.standard_normal((4, 12))) >= 0), G
-        file = CACHE / "first.npz"
+        file = own_folder() / "first.npz"
         np.savez(file, X=X, Y=rng.standard_normal((60, 1)), D=D, G=G)
         return {
-            **{"data": str(file), "result": str(CACHE / "first-result"), "alpha": 0.05},
+            **{"data": str(file), "result": str(file.with_name("first-result")), "alpha": 0.05},
             **{"alphas": [0.05], "groups": 4, "loss": "squared", "intercept": False},
             **{"penalty": "neuron", "targets": [0.0], "tol": 1e-6, "time_limit": 1.0},
             **{"pilot": 0.1, "threads": THREADS},
@@ -221,14 +230,14 @@ class Field:
         data, programme = measured.data, measured.programme
         c, penalty = programme.n_outputs, measured.problem.penalty
         parts = [slice(None)] if penalty == "gate" else [slice(k, k + 1) for k in range(c)]
-        V = np.zeros(programme.weights_shape)
+        V, part = np.zeros(programme.weights_shape), own_folder() / "part.npy"
         answer: Row = {"seconds": 0.0, "peak_growth": 0}
         for columns in parts:
             file = measured.file
             if len(parts) > 1:
-                file = CACHE / "part.npz"
+                file = part.with_suffix(".npz")
                 np.savez(file, X=data["X"], Y=data["Y"][:, columns], D=data["D"])
-            job = self._job(measured) | {"data": str(file), "result": str(CACHE / "part.npy")}
+            job = self._job(measured) | {"data": str(file), "result": str(part)}
             job |= {"alphas": [measured.alpha], "groups": data["X"].shape[1], "loss": "squared"}
             left = self.limit - answer["seconds"]
             found = self.workers[name](left + GRACE, **job, intercept=False, tol=tol)
@@ -237,7 +246,7 @@ class Field:
             answer["versions"] = found["versions"]
             if answer["seconds"] > self.limit:
                 raise TimeoutError
-            coef = np.load(CACHE / "part.npy")[-1]
+            coef = np.load(part)[-1]
             V[:, :, columns] = coef.reshape(*V.shape[:2], -1)
         answer["suboptimality"] = measured.suboptimality(V)
         return answer
@@ -323,6 +332,7 @@ def rows_left(
 ) -> Iterator[Row]:
     """Rows that are not done yet, problem after problem."""
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, own_folder(), ignore_errors=True)
         field = Field([name for name in solvers if name != OURS], limit, repeats, stack)
         for problem in wanted:
             left = [
@@ -338,6 +348,11 @@ def rows_left(
                     yield our_row(field, measured)
                 else:
                     yield peer_row(field, measured, name)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """What is done, by whatever runs."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def describe(row: Row) -> str:
@@ -380,18 +395,16 @@ def main(
     file = output.with_suffix(".jsonl")
     if quick and not only_report:
         file.unlink(missing_ok=True)
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     print(f"{describe_machine('numpy', 'numba', 'cvxdistill')}, {THREADS} thread", flush=True)
     if not only_report:
-        done = {(row["problem"], row["solver"]) for row in rows}
+        done = {(row["problem"], row["solver"]) for row in read_rows(file)}
         for row in rows_left(
             wanted, list(chosen or (OURS, *PEERS)), done, limit, 1 if quick else REPEATS
         ):
-            rows.append(row)
             with file.open("a") as stream:
                 stream.write(json.dumps(row, default=float) + "\n")
             print(describe(row), flush=True)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(read_rows(file))
     order = {name: place for place, name in enumerate(problems())}
     table = table.sort_values("problem", key=lambda names: names.map(order), kind="stable")
     table.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
