@@ -30,19 +30,6 @@ def programme(n=40, d=3, p=6, c=2, seed=0, weighted=False, dtype=np.float64, **o
     return GatedReLUProblem(X, Y, D, **options)
 
 
-def dense_features(problem):
-    """The columns of A, centred and scaled, formed one gate after the other; gate, then input."""
-    A = problem.operator
-    h = np.ones(A.n) if problem.loss.weights is None else problem.loss.weights
-    columns = []
-    for gate in A.D.T:
-        part = gate[:, None] * A.X
-        if problem.fit_intercept:
-            part = part - h @ part / h.sum()
-        columns.append(np.sqrt(h)[:, None] * part)
-    return np.hstack(columns), h
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(5, 80),
