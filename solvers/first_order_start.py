@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -86,16 +84,6 @@ class FirstOrderStart:
         if self._time_limit is None or self.solution is None:
             return self._time_limit
         return max(self._time_limit - self.solution.seconds, 1e-9)
-
-    def callback(self, progress: Progress) -> Any:
-        """For what comes after: iterations and seconds go on."""
-        if self._callback is None:
-            return False
-        if self.solution is None:
-            return self._callback(progress)
-        iteration = self.solution.n_iter + progress.iteration
-        seconds = self.solution.seconds + progress.seconds
-        return self._callback(replace(progress, iteration=iteration, seconds=seconds))
 
     def _watch(self, progress: Progress) -> bool:
         # In double precision for the first time, an iteration is seen again.

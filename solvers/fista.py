@@ -24,7 +24,7 @@ from cvxdistill.solvers.principal_metric import (
 from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.solution import STOPPED, Solution
-from cvxdistill.solvers.solver import Callback, IterativeSolver, Progress, State
+from cvxdistill.solvers.solver import Callback, IterativeSolver, Progress, State, continued
 
 # The smallest tol that is reached in single precision, up to a share of it; operations of an
 # iteration from which on that is much faster, and bytes of a copy of X.
@@ -271,19 +271,10 @@ class _SingleWatch:
         return self.stopped or self._idle >= MOST_IDLE
 
     def after(self, single: Solution) -> Callback | None:
-        """The callback for what is done then: iterations and seconds go on."""
+        """The callback for what is done then."""
         if self.stopped and single.status == STOPPED:
             return lambda progress: True
-        if self.callback is None:
-            return None
-        callback = self.callback
-
-        def go_on(progress: Progress) -> bool:
-            iteration = single.n_iter + progress.iteration
-            seconds = single.seconds + progress.seconds
-            return bool(callback(replace(progress, iteration=iteration, seconds=seconds)))
-
-        return go_on
+        return continued(self.callback, single)
 
 
 def single_precision_pays(problem: ConvexProblem) -> TypeGuard[GatedReLUProblem]:

@@ -187,7 +187,7 @@ def _spread(sums, starts, g, f, first, H):  # type: ignore[no-untyped-def]
     """Add to the blocks of all pairs of gates of two groups, from the sums of their patterns."""
     size, patterns = sums.shape[1], _n_patterns(starts, g, f)
     own, others = starts[g + 1] - starts[g], starts[f + 1] - starts[f]
-    # Of all patterns that contain one, for those that are asked for.
+    # Of all patterns that contain one.
     bit = 1
     while bit < patterns:
         for t in range(patterns):

@@ -40,7 +40,7 @@ class NewtonDirections:
         """Begin with another programme: all ways may be good enough."""
         self._roughly = self._singly = self._keeping = True
         self._earlier: Inverse | None = None
-        self._served = 0
+        self._served = False
 
     def __call__(
         self, shares: np.ndarray, B: np.ndarray, G: np.ndarray, kappa: float
@@ -87,10 +87,10 @@ class NewtonDirections:
         if self._earlier is not None:
             found = _solve(system, self._earlier, G, EARLIER)
             if found is not None:
-                self._served += 1
+                self._served = True
                 return found
             # Where even the last step's inverse is too far off, none is worth a try.
-            self._keeping = self._served > 0
+            self._keeping = self._served
             self._earlier = None
         return None
 
@@ -109,7 +109,7 @@ class NewtonDirections:
 
     def _keep(self, inverse: Inverse) -> None:
         if self._keeping:
-            self._earlier, self._served = inverse, 0
+            self._earlier, self._served = inverse, False
 
 
 def _solve(system: NewtonSystem, inverse: Inverse, G: np.ndarray, left: float) -> np.ndarray | None:

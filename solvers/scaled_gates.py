@@ -67,14 +67,11 @@ class ScaledGates:
         W = V.reshape(self.p, -1, self.d).transpose(0, 2, 1)
         return self.scaled(self.operator.forward(W))
 
-    def adjoint(self, U: np.ndarray, gates: np.ndarray | None = None) -> np.ndarray:
-        """A^T U / n of all gates or some, (gates, c d), for U (n, c) that is centred."""
+    def adjoint(self, U: np.ndarray) -> np.ndarray:
+        """A^T U / n, (p, c d), for U (n, c) that is centred."""
         if self.root is not None:
             U = U * self.root[:, None]
-        A = self.operator
-        if gates is not None and len(gates) < self.p:
-            A = GatedOperator(A.X, A.D[:, gates])
-        C = A.adjoint(U).transpose(0, 2, 1).reshape(A.p, -1)
+        C = self.operator.adjoint(U).transpose(0, 2, 1).reshape(self.p, -1)
         C /= self.n
         return C
 

@@ -45,7 +45,7 @@ from cvxdistill.solvers.penalties import GatePenalty, NeuronPenalty
 from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
 from cvxdistill.solvers.scaled_gates import ScaledGates
 from cvxdistill.solvers.solution import Solution
-from cvxdistill.solvers.solver import Callback, Solver, check_alpha
+from cvxdistill.solvers.solver import Callback, Solver, check_alpha, continued
 from cvxdistill.solvers.threads import one_blas_thread
 
 # sigma at first, in units of one over the mean square of the gated features; then times GROWTH.
@@ -153,7 +153,8 @@ class NewtonSolve(PartwiseSolve):
             part.move(V)
         if start.done:
             return start.solution
-        return self.advance(alpha, start.callback, start.time_left).after(start.solution)
+        then = continued(callback, start.solution)
+        return self.advance(alpha, then, start.time_left).after(start.solution)
 
 
 class Point(NamedTuple):

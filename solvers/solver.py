@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,19 @@ class Progress:
 
 
 Callback = Callable[[Progress], Any]
+
+
+def continued(callback: Callback | None, before: Solution) -> Callback | None:
+    """The callback for what goes on from a solution: its iterations and seconds are added."""
+    if callback is None:
+        return None
+
+    def go_on(progress: Progress) -> Any:
+        iteration = before.n_iter + progress.iteration
+        seconds = before.seconds + progress.seconds
+        return callback(replace(progress, iteration=iteration, seconds=seconds))
+
+    return go_on
 
 
 @dataclass(frozen=True, kw_only=True)
