@@ -87,12 +87,15 @@ clean:
 	rm -rf build dist .venv .venv-bare *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Gated ReLU programmes beside the peers' solvers; needs CVXDISTILL_DATA. Hours, and goes on where it
-# stopped; the quick one, of three small tables, under five minutes.
+# The solvers beside the peers'; needs CVXDISTILL_DATA. Hours, and the two long ones go on where they
+# stopped; the quick one, of three small problems, under five minutes.
 .PHONY: bench bench-quick
 bench: .venv/test-installed | build/tmp
 	$(BIN)/python bench/suite.py
+	$(BIN)/python bench/relu_solvers.py
 	$(BIN)/python bench/rooflines.py
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/streaming_memory.py
 
 bench-quick: .venv/test-installed | build/tmp
 	$(BIN)/python bench/suite.py --quick

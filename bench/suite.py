@@ -155,37 +155,38 @@ class Measured:
         }
 
 
+def worker(name: str, folder: Path) -> Worker:
+    """A solver's process, which does a small job first, so that it compiles outside all others."""
+    if name == OURS:
+        python, script, memory = sys.executable, "cvxdistill_auto.py", None
+    else:
+        python, script, memory = peers_python(), PEERS[name].script, MEMORY
+    first = small_job(name, folder)
+    return Worker(python, HERE / "peers" / script, THREADS, first=first, memory=memory)
+
+
+def small_job(name: str, folder: Path) -> Row:
+    """A solver's job of 60 examples and 12 gates, with its files in ``folder``."""
+    rng = np.random.default_rng(0)
+    X, G = rng.standard_normal((60, 4)), rng.standard_normal((4, 12))
+    file = folder / "first.npz"
+    np.savez(file, X=X, Y=rng.standard_normal((60, 1)), D=X @ G >= 0, G=G)
+    return {
+        **{"data": str(file), "result": str(file.with_name("first-result")), "alpha": 0.05},
+        **{"alphas": [0.05], "groups": 4, "loss": "squared", "intercept": False},
+        **{"penalty": "neuron", "targets": [0.0], "tol": 1e-6, "time_limit": 1.0},
+        **{"pilot": 0.1, "threads": THREADS},
+        **(dict(PEERS[name].settings) if name in PEERS else {}),
+    }
+
+
 class Field:
     """All solvers, each in a process of its own."""
 
     def __init__(self, names: list[str], limit: float, repeats: int, stack: ExitStack):
         self.limit, self.repeats = limit, repeats
-        first = self._first_job()
-        scripts = {OURS: "cvxdistill_auto.py"} | {name: PEERS[name].script for name in names}
-        self.workers = {}
-        for name, script in scripts.items():
-            python = sys.executable if name == OURS else peers_python()
-            job = first if name == OURS else first | self._settings(name)
-            memory = None if name == OURS else MEMORY
-            worker = Worker(python, HERE / "peers" / script, THREADS, first=job, memory=memory)
-            self.workers[name] = stack.enter_context(worker)
-
-    def _first_job(self) -> Row:
-        """A small problem, for compiling."""
-        rng = np.random.default_rng(0)
-        X = rng.standard_normal((60, 4))
-        D, G = (X @ (G := rng.standard_normal((4, 12))) >= 0), G
-        file = own_folder() / "first.npz"
-        np.savez(file, X=X, Y=rng.standard_normal((60, 1)), D=D, G=G)
-        return {
-            **{"data": str(file), "result": str(file.with_name("first-result")), "alpha": 0.05},
-            **{"alphas": [0.05], "groups": 4, "loss": "squared", "intercept": False},
-            **{"penalty": "neuron", "targets": [0.0], "tol": 1e-6, "time_limit": 1.0},
-            **{"pilot": 0.1, "threads": THREADS},
-        }
-
-    def _settings(self, name: str) -> Row:
-        return dict(PEERS[name].settings)
+        folder = own_folder()
+        self.workers = {name: stack.enter_context(worker(name, folder)) for name in (OURS, *names)}
 
     def ours(self, measured: Measured, tol: float) -> Row:
         """Ours, to a certified gap; ``good`` says whether it is that good."""
@@ -212,7 +213,7 @@ class Field:
         targets = [(1 + target) * measured.optimum for target in TARGETS]
         patience = self.limit * (1 + len(RATES) * PILOT) + GRACE
         answer = self.workers[name](
-            patience, **self._job(measured), targets=targets, **self._settings(name)
+            patience, **self._job(measured), targets=targets, **dict(PEERS[name].settings)
         )
         with np.load(measured.result) as file:
             V = same_order(file["V"], file["D"], measured.data["D"])

@@ -32,8 +32,47 @@ def ratios(table: pd.DataFrame, ours: str, target: float) -> pd.DataFrame:
     return wide[order].assign(best=wide.min(axis=1))
 
 
+def summary(table: pd.DataFrame, ours: str, targets: tuple[float, ...]) -> pd.DataFrame:
+    """A row for each peer and for the best of them on each problem, three columns for each target.
+
+    Its seconds over ours in the geometric mean, on how many problems ours is slower, and how many
+    it solved; and of how many in all.
+    """
+    columns: dict[str, pd.Series] = {}
+    for target in targets:
+        found = ratios(table, ours, target)
+        reached = table.pivot(index="problem", columns="solver", values=f"reached {target:g}")
+        reached = reached.reindex(columns=found.columns.drop("best"))
+        solved = reached.eq(True).sum()
+        solved["best"] = reached.eq(True).any(axis=1).sum()
+        columns["problems"] = found.count()
+        columns[f"{target:g}: times ours"] = found.apply(
+            lambda ratio: geometric_mean(ratio.dropna())
+        )
+        columns[f"{target:g}: ours slower on"] = (found < 1).sum()
+        columns[f"{target:g}: solved"] = solved
+    return pd.DataFrame(columns)
+
+
+def rst_table(frame: pd.DataFrame, index: str) -> str:
+    """The frame as a simple table of reStructuredText, two digits where it is not of integers."""
+    rows = zip(frame.index, *(frame[name] for name in frame), strict=True)
+    cells = [[index, *frame.columns], *([name, *map(_cell, row)] for name, *row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = "  ".join("=" * width for width in widths)
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in cells
+    ]
+    return "\n".join([rule, lines[0], rule, *lines[1:], rule])
+
+
+def _cell(value: float) -> str:
+    return f"{float(f'{value:.2g}'):,g}" if isinstance(value, float) else f"{value:,}"
+
+
 def report(table: pd.DataFrame, ours: str, targets: tuple[float, ...], certified: float) -> str:
-    """Tables of seconds and of ratios, for each group of problems."""
+    """Tables of seconds, what is certified and the summary, for each group of problems."""
     lines = []
     for group, rows in table.groupby("group", sort=False):
         for target in targets:
@@ -42,23 +81,13 @@ def report(table: pd.DataFrame, ours: str, targets: tuple[float, ...], certified
             lines += [f"{group}, seconds to a suboptimality of {target:g}:"]
             problems = rows["problem"].drop_duplicates()
             lines += [seconds.loc[problems, order].to_string(float_format="%.3g", na_rep=""), ""]
-    own = table[table["solver"] == ours]
-    for group, rows in own.groupby("group", sort=False):
-        done = rows[f"reached {certified:g}"].astype(bool)
+        done = rows[rows["solver"] == ours].set_index("problem")[f"reached {certified:g}"].eq(True)
         lines.append(
             f"{group}: {done.sum()} of {len(done)} problems certified to {certified:g}; others: "
-            f"{', '.join(rows['problem'][~done]) or 'none'}"
+            f"{', '.join(done.index[~done]) or 'none'}"
         )
-    for target in targets:
-        for group, rows in table.groupby("group", sort=False):
-            found = ratios(rows, ours, target)
-            for name in found:
-                ratio = found[name].dropna()
-                lines.append(
-                    f"{group}, to {target:g}: {name} takes {geometric_mean(ratio):.3g} times ours "
-                    f"in the geometric mean, from {ratio.min():.3g} to {ratio.max():.3g}; of "
-                    f"{len(ratio)} problems ours is slower on {int((ratio < 1).sum())}"
-                )
+        if rows["solver"].nunique() > 1:
+            lines += ["", rst_table(summary(rows, ours, targets), f"{group}, beside {ours}"), ""]
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ sys.path[:0] = [str(BENCH), str(BENCH / "peers")]
 
 import cvxdistill_auto  # noqa: E402
 import pandas as pd  # noqa: E402
+import startup  # noqa: E402
 import suite  # noqa: E402
 import suite_problems  # noqa: E402
 import suite_report  # noqa: E402
@@ -176,6 +177,23 @@ def test_a_worker_that_is_late_or_dies_is_replaced(tmp_path):
         assert worker(seconds=0) == {"first": False}
 
 
+def test_starting_is_told_apart_from_the_job(tmp_path, monkeypatch):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.format(peers=str(BENCH / "peers")))
+    caches = []
+
+    def worker(name, folder):
+        caches.append(os.environ["NUMBA_CACHE_DIR"])
+        return Worker(sys.executable, script, 1, first={"seconds": 0.5})
+
+    monkeypatch.setattr(startup, "worker", worker)
+    monkeypatch.setattr(startup, "small_job", lambda name, folder: {"seconds": 0.1})
+    row = startup.measure("some")
+    assert row["solver"] == "some" and 0.1 <= row["again"] < 0.5
+    assert row["empty cache"] >= 0.5 and row["cached"] >= 0.5
+    assert caches[0] == caches[1] != os.environ.get("NUMBA_CACHE_DIR")
+
+
 def table():
     def row(problem, solver, seconds, ours=None, reached=True):
         return {
@@ -203,8 +221,24 @@ def test_ratios_are_of_pairs_and_the_best_peer_of_each_problem():
     assert suite_report.geometric_mean(found["best"]) == pytest.approx(2**0.5)
     text = suite_report.report(table(), "us", (1e-3,), 1e-8)
     assert "uci: 2 of 2 problems certified to 1e-08; others: none" in text
-    assert "uci, to 0.001: best takes 1.41 times ours" in text
-    assert "ours is slower on 1" in text
+    summary = suite_report.summary(table(), "us", (1e-3,))
+    assert suite_report.rst_table(summary, "uci, beside us") in text
+    assert summary["problems"].tolist() == [2, 2, 2]
+    assert summary["0.001: times ours"].tolist() == pytest.approx([2**0.5, 600**0.5, 2**0.5])
+    assert summary["0.001: ours slower on"].tolist() == [1, 0, 1]
+    assert summary["0.001: solved"].tolist() == [2, 1, 2]
+
+
+def test_tables_are_those_of_restructured_text():
+    frame = pd.DataFrame({"much": [1234.5, 0.123], "many": [1234, 5]}, index=["a", "bb"])
+    assert suite_report.rst_table(frame, "solver").splitlines() == [
+        "======  =====  =====",
+        "solver   much   many",
+        "======  =====  =====",
+        "a       1,200  1,234",
+        "bb       0.12      5",
+        "======  =====  =====",
+    ]
 
 
 def test_pictures_are_drawn(tmp_path):
