@@ -26,9 +26,9 @@ from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.solution import STOPPED, Solution
 from cvxdistill.solvers.solver import Callback, IterativeSolver, Progress, State, continued
 
-# The smallest tol that is reached in single precision, up to a share of it; operations of an
-# iteration from which on that is much faster, and bytes of a copy of X.
-SINGLE_TOL, SINGLE_SHARE = 1e-5, 0.9
+# The smallest gap that is sought in single precision, and what is left of a larger tol for double;
+# operations of an iteration from which on that is much faster, and bytes of a copy of X.
+SINGLE_TOL, SINGLE_SHARE = 1e-6, 0.9
 DEAR, MOST_COPIED = 3e7, 2**30
 # Looks at the gap in single precision that find none smaller, after which it is over.
 MOST_IDLE = 10
@@ -140,8 +140,8 @@ class RFISTA(IterativeSolver):
     When the bound is loose by a factor of ``looseness`` or more, s grows by ``growth`` for the
     next step. Momentum restarts when <W - V+, V+ - V> > 0.
 
-    Gated ReLU programmes of large float64 arrays are solved in single precision first where tol is
-    at least 1e-5, and go on from there in double: mostly that only certifies the gap.
+    Gated ReLU programmes of large float64 arrays are solved in single precision first, to tol or
+    1e-6, and go on from there in double: mostly a tol of 1e-6 or more is only certified then.
 
     Parameters
     ----------
@@ -176,13 +176,14 @@ class RFISTA(IterativeSolver):
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
     ) -> Solution:
-        if self.tol < SINGLE_TOL or self.max_iter == 1 or not single_precision_pays(problem):
+        if self.max_iter == 1 or not single_precision_pays(problem):
             return super()._run(problem, alpha, V, callback)
         start = time.perf_counter()
         if self._in_principal_metric(problem):
             _ = problem.principal_axes  # Both take those in double precision.
         watch = _SingleWatch(callback)
-        rough = replace(self, tol=SINGLE_SHARE * self.tol, max_iter=self.max_iter - 1)
+        tol = SINGLE_SHARE * max(self.tol, SINGLE_TOL)
+        rough = replace(self, tol=tol, max_iter=self.max_iter - 1)
         single = IterativeSolver._run(rough, problem.in_single, alpha, V.astype(np.float32), watch)
         left = None
         if self.time_limit is not None:
