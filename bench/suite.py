@@ -192,13 +192,18 @@ class Field:
         self.workers = {name: stack.enter_context(worker(name, folder)) for name in (OURS, *names)}
 
     def ours(self, measured: Measured, tol: float) -> Row:
-        """Ours, to a certified gap; ``good`` says whether it is that good."""
+        """Ours, to a certified gap; ``good`` says whether it is that good, within the limit."""
         answer = self.workers[OURS](
             **self._job(measured), tol=tol, penalty=measured.problem.penalty
         )
         with np.load(measured.result) as file:
             answer["suboptimality"] = measured.suboptimality(file["V"])
-        answer["good"] = answer["relative_gap"] <= tol and answer["suboptimality"] <= tol
+        answer["good"] = (
+            max(answer["relative_gap"], answer["suboptimality"]) <= tol
+            and answer["seconds"] <= self.limit
+        )
+        if not answer["good"]:
+            answer["seconds"] = self.limit
         return answer
 
     def _job(self, measured: Measured) -> Row:

@@ -276,3 +276,12 @@ def test_growth_changes_one_size_only():
     shape = suite_problems.noise(50, 3, 7, 2)
     assert shape["X"].shape == (50, 3) and shape["Y"].shape == (50, 2)
     np.testing.assert_allclose(shape["Y"].std(axis=0), 1)
+
+
+def test_the_readme_has_the_table_of_the_results():
+    table = pd.read_csv(suite.RESULTS.with_suffix(".csv"))
+    rows = table[table["group"] == "uci"]
+    text = suite_report.rst_table(
+        suite_report.summary(rows, suite.OURS, suite.TARGETS), f"uci, beside {suite.OURS}"
+    )
+    assert text in (BENCH.parent / "README.rst").read_text()
