@@ -1,4 +1,4 @@
-"""A path of solutions over decreasing alphas, each warm-started at the one before."""
+"""A path of solutions over decreasing alphas, each warm-started at those before."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ def solve_path(
     eps: float = 1e-2,
     callback: Callback | None = None,
 ) -> Path:
-    """Solve for each alpha, from the largest down, starting at the solution before.
+    """Solve for each alpha, from the largest down, starting from the solutions before.
+
+    Where two alphas are less than a factor of 1.5 apart, solvers that keep no state of their own
+    and ``SemismoothNewton`` start on the line through the last two solutions, in log alpha.
 
     Parameters
     ----------

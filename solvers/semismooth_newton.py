@@ -37,6 +37,7 @@ import numba
 import numpy as np
 
 from cvxdistill.solvers import solution as status
+from cvxdistill.solvers.extrapolation import ahead, share_ahead
 from cvxdistill.solvers.first_order_start import FirstOrderStart
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.newton_directions import NewtonDirections
@@ -126,6 +127,10 @@ def _checked(problem: ConvexProblem) -> GatedReLUProblem:
     return problem
 
 
+# The last proximal point B and u of a part.
+End = tuple[np.ndarray, np.ndarray]
+
+
 class NewtonSolve(PartwiseSolve):
     """A programme, where its solution stands, and how to go on for an alpha.
 
@@ -141,9 +146,22 @@ class NewtonSolve(PartwiseSolve):
         self.gated, gates = problem, ScaledGates(problem)
         rho = problem.regularizer.l1_ratio
         self.newton = [DualNewton(settings, gates, columns, rho, V) for columns in problem.parts]
+        # Alphas of the last two solves, and where their parts ended.
+        self._past: list[tuple[float, list[End]]] = []
         super().__init__(settings, problem, problem.parts, list(self.newton))
 
     def solve(self, alpha: float, callback: Callback | None) -> Solution:
+        """Solve from where the last call ended, or from the line through the last two ends."""
+        if len(self._past) == 2:
+            (before, older), (last, newer) = self._past
+            share = share_ahead(alpha, last, before)
+            for part, first, second in zip(self.newton, older, newer, strict=True):
+                part.extrapolate(first, second, share)
+        found = self._solve(alpha, callback)
+        self._past = [*self._past[-1:], (alpha, [part.end for part in self.newton])]
+        return found
+
+    def _solve(self, alpha: float, callback: Callback | None) -> Solution:
         """R-FISTA for as long as it pays, then Newton's method for one part after another."""
         start = FirstOrderStart(self.settings, self.gated, alpha, self.weights(), callback)
         if start.solution is None:
@@ -215,6 +233,18 @@ class DualNewton:
         self.V = self.B = self.gates.flat(V[:, :, self.outputs])
         self.u = self._residual(self.B)
         self.C = self.gates.adjoint(self.u)
+
+    @property
+    def end(self) -> End:
+        """Where the last solve ended."""
+        return self.B, self.u.copy()
+
+    def extrapolate(self, before: End, last: End, share: float) -> None:
+        """Go beyond the last end by a share of the way there from the one before."""
+        if share > 0:
+            self.V = self.B = ahead(last[0], before[0], share)
+            self.u = last[1] + share * (last[1] - before[1])
+            self.C = self.gates.adjoint(self.u)
 
     def certify(self, alpha: float) -> tuple[float, float]:
         """Objective and duality gap."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.certificate import DualCertificate, KKTResidual
+from cvxdistill.solvers.extrapolation import ahead, share_ahead
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.solution import Solution, Trace, relative
 from cvxdistill.solvers.threads import one_blas_thread
@@ -156,13 +157,20 @@ class Solver(ABC):
             return self._run(problem, float(alpha), V, callback)
 
     def successive(self, problem: ConvexProblem) -> Callable[[float, Callback | None], Solution]:
-        """A function of alpha and callback that solves from where its last call ended."""
-        last: Solution | None = None
+        """A function of alpha and callback that solves from where its last calls ended.
+
+        Where alphas decrease slowly it starts on the line through the last two solutions.
+        """
+        past: list[Solution] = []
 
         def solve(alpha: float, callback: Callback | None) -> Solution:
-            nonlocal last
-            last = self.solve(problem, alpha, warm_start=last, callback=callback)
-            return last
+            start = past[-1].V if past else None
+            if len(past) == 2:
+                before, last = past
+                start = ahead(last.V, before.V, share_ahead(alpha, last.alpha, before.alpha))
+            found = self.solve(problem, alpha, warm_start=start, callback=callback)
+            past[:] = [*past[-1:], found]
+            return found
 
         return solve
 
