@@ -240,7 +240,7 @@ class DualNewton:
         return self.B, self.u.copy()
 
     def extrapolate(self, before: End, last: End, share: float) -> None:
-        """Go beyond the last end by a share of the way there from the one before."""
+        """To last + share (last - before), unless the share is 0."""
         if share > 0:
             self.V = self.B = ahead(last[0], before[0], share)
             self.u = last[1] + share * (last[1] - before[1])
