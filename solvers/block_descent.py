@@ -118,6 +118,11 @@ class BlockDescent(ABC):
     def curvature(self, features: np.ndarray, change: np.ndarray, image: np.ndarray) -> float:
         """<change, H change>."""
 
+    def go_to(self, B: np.ndarray) -> None:
+        """Go to other coefficients; they will be changed in place."""
+        self.B = B
+        self.refresh()
+
     def gap(self, penalties: Penalties, P: np.ndarray | None = None) -> float:
         """Duality gap at B, from the residual scaled until it is feasible."""
         P = self.gradient() if P is None else P

@@ -72,15 +72,16 @@ class PartwiseSolve:
     ) -> Solution:
         """The same, with another limit in seconds."""
         start = time.perf_counter()
-        # Objective, gap and iterations of each part.
-        found = [(*part.certify(alpha), 0) for part in self.parts]
+        # Objective, gap and iterations of each part, and which gates it uses.
+        found = np.array([(*part.certify(alpha), 0) for part in self.parts], dtype=np.float64)
+        used = np.array([_used_gates(part) for part in self.parts])
         history: list[Progress] = []
         settings, verdict = self.settings, status.CONVERGED
         bar = tqdm(disable=not settings.verbose, desc=type(settings).__name__, leave=False)
 
-        def now(W: np.ndarray) -> Progress:
-            objective, gap, iterations = (sum(column) for column in zip(*found, strict=True))
-            active = int(W.any(axis=(1, 2)).sum())
+        def now() -> Progress:
+            objective, gap, iterations = map(float, found.sum(axis=0))
+            active = int(used.any(axis=0).sum())
             seconds = time.perf_counter() - start
             gap = relative(gap, objective)
             return Progress(int(iterations), objective, gap, active, 0.0, seconds)
@@ -89,9 +90,10 @@ class PartwiseSolve:
             for k, part in enumerate(self.parts):
 
                 def watch(objective: float, gap: float, iterations: int, k: int = k) -> bool:
-                    bar.update(iterations - found[k][2])
+                    bar.update(iterations - found[k, 2])
                     found[k] = objective, gap, iterations
-                    history.append(now(self.weights()))
+                    used[k] = _used_gates(self.parts[k])
+                    history.append(now())
                     bar.set_postfix_str(
                         f"gap {history[-1].gap:.1e}, {history[-1].active_gates} gates", False
                     )
@@ -150,3 +152,8 @@ class PartwiseSolve:
             status=verdict,
             trace=Trace(*map(np.array, columns)),
         )
+
+
+def _used_gates(part: Part) -> np.ndarray:
+    """Which gates have weights, (p,)."""
+    return np.asarray(part.weights().any(axis=(1, 2)))

@@ -252,6 +252,10 @@ class QuadraticModel:
             self.descent = NaiveDescent(old.AT, B, old.eigenvalues, R / self.root[:, None])
         self.descent.share = old.share
 
+    def go_to(self, coef: np.ndarray) -> None:
+        """Go to other coefficients; those outside the working set are zero."""
+        self.descent.go_to(self.rotations.of_rows(coef[self.features]))
+
     def preconditioner(
         self, features: np.ndarray, stiff: np.ndarray
     ) -> Callable[[np.ndarray], np.ndarray]:

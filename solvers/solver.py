@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.certificate import DualCertificate, KKTResidual
-from cvxdistill.solvers.extrapolation import ahead, share_ahead
+from cvxdistill.solvers.extrapolation import LastTwo
 from cvxdistill.solvers.problem import ConvexProblem
 from cvxdistill.solvers.solution import Solution, Trace, relative
 from cvxdistill.solvers.threads import one_blas_thread
@@ -161,15 +161,12 @@ class Solver(ABC):
 
         Where alphas decrease slowly it starts on the line through the last two solutions.
         """
-        past: list[Solution] = []
+        past = LastTwo()
 
         def solve(alpha: float, callback: Callback | None) -> Solution:
-            start = past[-1].V if past else None
-            if len(past) == 2:
-                before, last = past
-                start = ahead(last.V, before.V, share_ahead(alpha, last.alpha, before.alpha))
+            (start,) = past.ahead(alpha) or past.last() or (None,)
             found = self.solve(problem, alpha, warm_start=start, callback=callback)
-            past[:] = [*past[-1:], found]
+            past.add(alpha, found.V)
             return found
 
         return solve

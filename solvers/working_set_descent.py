@@ -9,7 +9,8 @@ or, where groups are dear because a Gram matrix grows with them, only those of t
 it a quadratic model of the loss is minimised by ``cvxdistill.solvers.block_descent``, again and
 again for losses that are not quadratic (proximal Newton). Then all groups are looked at: those that
 violate their condition ||C_g|| <= alpha rho w_g join, until the duality gap over all groups is
-within the tolerance.
+within the tolerance. Where alphas decrease slowly, each solve starts on the line through the last
+two solutions.
 
 References
 ----------
@@ -25,6 +26,7 @@ import numpy as np
 
 from cvxdistill.solvers import solution as status
 from cvxdistill.solvers.active_newton import conjugate_gradients
+from cvxdistill.solvers.extrapolation import LastTwo
 from cvxdistill.solvers.group_elastic_net import GroupElasticNetProblem, row_weights
 from cvxdistill.solvers.group_penalties import Penalties, smooth_part
 from cvxdistill.solvers.group_solution import GroupSolution
@@ -69,6 +71,7 @@ class WorkingSetDescent:
         blocks = len(problem.block_weights)
         self.free = np.arange(len(problem.penalised), blocks)
         self.last_alpha: float | None = None
+        self.past = LastTwo()
         # Of the dual point at the coefficients, while that is up to date, and of the last one.
         self.dual: tuple[np.ndarray, np.ndarray] | None = None
         self.lengths: np.ndarray | None = None
@@ -142,8 +145,10 @@ class WorkingSetDescent:
         start = time.perf_counter()
         problem = self.problem
         self._add(self._strong(alpha))
+        self._look_ahead(alpha)
         objective, gap, sweeps, verdict = self._solve(alpha, watch)
         self.last_alpha = alpha
+        self.past.add(alpha, self.coef)
         features = np.flatnonzero(self.coef.any(axis=1))
         active = problem.penalties(alpha).lengths(self.coef[problem.order]) > 0
         return GroupSolution(
@@ -159,6 +164,20 @@ class WorkingSetDescent:
             seconds=time.perf_counter() - start,
             status=verdict,
         )
+
+    def _look_ahead(self, alpha: float) -> None:
+        """Go to the line through the last two solutions, if that is worth it."""
+        ahead = self.past.ahead(alpha)
+        if ahead is None:
+            return
+        (coef,) = ahead
+        if self.quadratic and self.model is not None:
+            self.model.go_to(coef)
+            if not self._is_loss(self.model):
+                self._take_over(self.model)
+        else:
+            self.coef = coef
+            self._evaluate()
 
     def _strong(self, alpha: float) -> np.ndarray:
         """Blocks that the sequential strong rule keeps; all where nothing is ever 0."""
