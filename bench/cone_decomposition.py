@@ -11,6 +11,9 @@ v = w + t h and u = t h with the smallest t.
 
 Norm growth is the sum of lengths of all v and u over that of the weights; the loss changes by
 rounding only, because v - u is the weight. An interrupted run goes on where it stopped.
+
+Right after ours pyscnn decomposes the gates that are not zero by its own approximate method, with
+its default tolerance. Its pairs may be outside their cones, and so the network's loss is another.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ import numpy as np
 import pandas as pd
 from datasets import UCI_TABLES
 from machine import describe_machine
+from peers.environment import peers_python
+from peers.serving import Worker
+from relu_solvers import worst_violation
 from uci_rfista import chosen, problem_data
 
 from cvxdistill.solvers import RFISTA, GatedReLUProblem, evaluate_gates, nudge_gates
@@ -46,6 +52,7 @@ FEW_ROWS = ("sonar", "supermarket", "credit-g", "adult")
 SUFFIX = " (few rows)"
 CASES = (*UCI_TABLES, *(table + SUFFIX for table in FEW_ROWS))
 METHODS = ("exact", "approximate", "closed-form", "shift")
+PEER, PEER_LIMIT, THREADS = "pyscnn", 60.0, 2
 
 
 def independent_rows(X: np.ndarray) -> np.ndarray:
@@ -113,13 +120,38 @@ def decomposed(method: str, data: dict[str, Any]) -> dict[str, Any]:
     return {"method": method, **measures, "loss_change": abs(loss / data["loss"] - 1)}
 
 
-def compare(case: str) -> list[dict[str, Any]]:
+def peer_decomposed(data: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """pyscnn's approximate method on the gates that are not zero, measured alike."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    files = {"data": str(CACHE / "data.npz"), "result": str(CACHE / "result.npy")}
+    X, V = data["X"], data["V"]
+    active = V.any(axis=(1, 2))
+    G, D = data["G"][:, active], np.ascontiguousarray(data["D"][:, active])
+    np.savez(files["data"], X=X, G=G, D=D, V=V[active])
+    answer = worker(**files, time_limit=PEER_LIMIT)
+    weights = np.load(files["result"])
+    violation, _ = worst_violation(X, D, weights)
+    loss = data["problem"].loss.value(relu_predictions(X, weights))
+    lengths = np.linalg.norm(weights, axis=2).sum() / np.linalg.norm(V, axis=1).sum()
+    return {
+        "method": PEER,
+        "violation_before_repair": violation,
+        "violation": violation,
+        "norm_growth": lengths,
+        "seconds": answer["seconds"],
+        "loss_change": abs(loss / data["loss"] - 1),
+        "status": answer["status"],
+    }
+
+
+def compare(case: str, worker: Worker) -> list[dict[str, Any]]:
     """One row for each method on one case."""
     data = setting(case)
     n, d = data["X"].shape
     shared = {"table": case, "n": n, "d": d, "active_gates": int(data["V"].any(axis=(1, 2)).sum())}
     methods = METHODS if n <= d else tuple(m for m in METHODS if m != "closed-form")
-    return [shared | decomposed(method, data) for method in methods]
+    rows = [decomposed(method, data) for method in methods]
+    return [shared | row for row in (*rows, peer_decomposed(data, worker))]
 
 
 def compile_loops() -> None:
@@ -133,10 +165,12 @@ def compile_loops() -> None:
 def report(rows: pd.DataFrame) -> str:
     """Return the aligned table and what holds for all of it."""
     lines = [rows.to_string(index=False, float_format=lambda value: f"{value:.3g}", na_rep="")]
-    lines.append(
-        f"largest violation {rows['violation'].max():.1e}, largest relative change of the loss "
-        f"{rows['loss_change'].max():.1e}"
-    )
+    for name, some in (("ours", rows["method"] != PEER), (PEER, rows["method"] == PEER)):
+        if some.any():
+            lines.append(
+                f"{name}: largest violation {rows['violation'][some].max():.1e}, largest relative "
+                f"change of the loss {rows['loss_change'][some].max():.1e}"
+            )
     growth = rows.pivot(index="table", columns="method", values="norm_growth")
     for method in growth.columns.drop("exact"):
         ratio = (growth[method] / growth["exact"]).dropna()
@@ -144,6 +178,14 @@ def report(rows: pd.DataFrame) -> str:
             lines.append(
                 f"{method}: {ratio.median():.3f} times the norm of exact (median of {len(ratio)}, "
                 f"from {ratio.min():.3f} to {ratio.max():.3f})"
+            )
+    seconds = rows.pivot(index="table", columns="method", values="seconds")
+    if PEER in seconds:
+        for method in seconds.columns.intersection(METHODS):
+            ratio = (seconds[PEER] / seconds[method]).dropna()
+            lines.append(
+                f"{PEER}: {np.exp(np.log(ratio).mean()):.2g} times the seconds of {method} "
+                f"(geometric mean of {len(ratio)}, from {ratio.min():.2g} to {ratio.max():.2g})"
             )
     return "\n".join(lines)
 
@@ -153,7 +195,7 @@ def draw(rows: pd.DataFrame, file: Path) -> None:
     growth = rows.pivot(index="table", columns="method", values="norm_growth")
     growth = growth.sort_values("exact")
     figure, ax = plt.subplots(figsize=(9, 0.3 * len(growth) + 2))
-    for method, marker in zip(METHODS, "osD|"):
+    for method, marker in zip((*METHODS, PEER), "osD|x"):
         if method in growth:
             ax.plot(growth[method], np.arange(len(growth)), marker, label=method, alpha=0.8)
     ax.set_yticks(np.arange(len(growth)), growth.index)
@@ -177,13 +219,14 @@ def main(tables: str | None) -> None:
     print(describe_machine("numpy", "scipy", "cvxdistill"), flush=True)
     compile_loops()
     done = pd.read_csv(unfinished) if unfinished.exists() else pd.DataFrame(columns=["table"])
-    for case in cases:
-        if case in set(done["table"]):
-            continue
-        start = time.perf_counter()
-        new = pd.DataFrame(compare(case))
-        new.to_csv(unfinished, mode="a", header=not unfinished.exists(), index=False)
-        print(f"[{time.perf_counter() - start:4.0f} s] {case}", flush=True)
+    with Worker(peers_python(), HERE / "peers" / "pyscnn_decomposition.py", THREADS) as worker:
+        for case in cases:
+            if case in set(done["table"]):
+                continue
+            start = time.perf_counter()
+            new = pd.DataFrame(compare(case, worker))
+            new.to_csv(unfinished, mode="a", header=not unfinished.exists(), index=False)
+            print(f"[{time.perf_counter() - start:4.0f} s] {case}", flush=True)
     rows = pd.read_csv(unfinished)
     rows = rows[rows["table"].isin(cases)]
     print(report(rows))

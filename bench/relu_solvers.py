@@ -108,15 +108,17 @@ def peer_row(
 
 def measured(problem: ReLUProblem, V: np.ndarray, alpha: float) -> dict[str, float]:
     """Objective of the ReLU network with weights V, and the violation of its longer columns."""
+    violation, active = worst_violation(problem.operator.X, problem.operator.D, V)
+    objective = problem.objective(V, 0.0, alpha)
+    return {"objective": objective, "violation": violation, "active_neurons": active}
+
+
+def worst_violation(X: np.ndarray, D: np.ndarray, V: np.ndarray) -> tuple[float, int]:
+    """Largest violation by a longer column of V (2, p, d, c), and how many of these there are."""
     W = V.reshape(-1, *V.shape[2:])
-    violations = cone_violations(problem.operator.X, problem.operator.D, W)
-    lengths = np.linalg.norm(W, axis=1)
+    violations, lengths = cone_violations(X, D, W), np.linalg.norm(W, axis=1)
     long = lengths > SHORTEST_COLUMN * lengths.max()
-    return {
-        "objective": problem.objective(V, 0.0, alpha),
-        "violation": float(violations[long].max(initial=0.0)),
-        "active_neurons": int(long.sum()),
-    }
+    return float(violations[long].max(initial=0.0)), int(long.sum())
 
 
 def compare(

@@ -101,7 +101,6 @@ class DualNewton:
         self.rho = l1_ratio
         self.targets = np.ascontiguousarray(gates.targets[:, outputs])
         self.unit = 1 / max(gates.mean_square, 1e-300)
-        self.directions = NewtonDirections(gates)
         self.past = LastTwo()
         self.move(V)
 
@@ -165,7 +164,7 @@ class DualNewton:
         """Solve for alpha from here; return the status."""
         settings, n = self.settings, self.gates.n
         start = time.perf_counter()
-        self.directions.renew()
+        directions = NewtonDirections(self.gates)
         if not self.B.any():
             self._scale(alpha)
         sigma, steps, inner = FIRST_SIGMA * self.unit, 0, 0
@@ -198,7 +197,7 @@ class DualNewton:
                 self.V = self.B
                 sigma, inner = min(sigma * GROWTH, LARGEST_SIGMA * self.unit), 0
             else:
-                self._step(point, alpha, sigma)
+                self._step(directions, point, alpha, sigma)
                 steps, inner = steps + 1, inner + 1
 
     def _scale(self, alpha: float) -> None:
@@ -218,12 +217,12 @@ class DualNewton:
     def _shrink(self, alpha: float, sigma: float) -> float:
         return 1 / (1 + sigma * alpha * (1 - self.rho))
 
-    def _step(self, point: Point, alpha: float, sigma: float) -> None:
+    def _step(self, directions: NewtonDirections, point: Point, alpha: float, sigma: float) -> None:
         """Newton's step."""
         A, n, shrink = self.gates, self.gates.n, self._shrink(alpha, sigma)
         # Rounding that is not centred may be larger than the direction.
         gradient = A.centred(point.gradient)
-        direction = self.directions(point.shares, point.B, gradient, sigma * shrink / n)
+        direction = directions(point.shares, point.B, gradient, sigma * shrink / n)
         delta = -A.centred(direction)
         change = A.adjoint(delta)
         a = _best_step(

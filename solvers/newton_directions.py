@@ -25,7 +25,7 @@ LARGE = 3e8
 class NewtonDirections:
     """Solutions of the systems of one solve, (I + kappa A M A^T)^-1 G.
 
-    What was not good enough once is not tried again, until ``renew``.
+    What was not good enough once is not tried again.
 
     Parameters
     ----------
@@ -34,10 +34,6 @@ class NewtonDirections:
 
     def __init__(self, gates: ScaledGates):
         self.gates = gates
-        self.renew()
-
-    def renew(self) -> None:
-        """Begin with another programme: all ways may be good enough."""
         self._roughly = self._singly = self._keeping = True
         self._earlier: Inverse | None = None
         self._served = False

@@ -14,6 +14,7 @@ import cone_decomposition  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from cvxdistill.solvers import GatedReLUProblem, evaluate_gates, sample_gates  # noqa: E402
+from cvxdistill.solvers.cone_decomposition import decompose  # noqa: E402
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("CVXDISTILL_DATA"), reason="CVXDISTILL_DATA is not set"
@@ -28,6 +29,20 @@ def small_data(n, d=4, p=6):
     problem = GatedReLUProblem(X, rng.standard_normal(n), D)
     loss = problem.loss.value(problem.predict(V))
     return {"X": X, "G": G, "D": D, "V": V, "problem": problem, "loss": loss}
+
+
+def peer(data, *, outside=0.0):
+    """A peer's row where it finds our exact pairs, moved by so much out of their cones."""
+
+    def worker(data, result, time_limit):
+        with np.load(data) as file:
+            X, D, G, V = (file[name] for name in "XDGV")
+        assert V.any(axis=(1, 2)).all() and D.shape[1] == G.shape[1] == len(V)
+        pairs = decompose(X, D, V, method="exact").weights
+        np.save(result, pairs - outside * pairs.mean(axis=1, keepdims=True))
+        return {"seconds": 2.0, "status": "converged"}
+
+    return cone_decomposition.peer_decomposed(data, worker)
 
 
 def rows_of(n):
@@ -55,11 +70,26 @@ def test_every_method_keeps_the_loss_and_ends_inside_and_exact_is_shortest(n):
     assert rows.loc["shift", "violation_before_repair"] > 1e-3
 
 
-def test_the_report_and_the_picture_show_every_method(tmp_path):
-    rows = pd.concat([rows_of(4), rows_of(40)])
+def test_a_peer_is_measured_by_its_own_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(cone_decomposition, "CACHE", tmp_path)
+    data = small_data(40)
+    data["V"][2] = 0
+    data["loss"] = data["problem"].loss.value(data["problem"].predict(data["V"]))
+    exact = cone_decomposition.decomposed("exact", data)
+    inside, outside = peer(data), peer(data, outside=0.5)
+    assert inside["norm_growth"] == pytest.approx(exact["norm_growth"], rel=1e-9)
+    assert max(inside["violation"], inside["loss_change"]) < 1e-9
+    assert min(outside["violation"], outside["loss_change"]) > 1e-3
+
+
+def test_the_report_and_the_picture_show_every_method(monkeypatch, tmp_path):
+    monkeypatch.setattr(cone_decomposition, "CACHE", tmp_path)
+    theirs = [{"table": f"{n} rows", **peer(small_data(n))} for n in (4, 40)]
+    rows = pd.concat([rows_of(4), rows_of(40), pd.DataFrame(theirs)])
     text = cone_decomposition.report(rows)
-    for method in ("approximate", "closed-form", "shift"):
+    for method in ("approximate", "closed-form", "shift", "pyscnn"):
         assert f"{method}: " in text
+    assert "pyscnn: largest violation" in text and "times the seconds of approximate" in text
     assert "largest relative change of the loss" in text
     cone_decomposition.draw(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
