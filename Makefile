@@ -87,12 +87,13 @@ clean:
 	rm -rf build dist .venv .venv-bare *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The solvers beside the peers'; needs CVXDISTILL_DATA. Hours, and the two long ones go on where they
-# stopped; the quick one, of three small problems, under five minutes.
+# The solvers beside the peers'; needs CVXDISTILL_DATA. Hours, and the three long ones go on where
+# they stopped; the quick one, of three small problems, under five minutes.
 .PHONY: bench bench-quick
 bench: .venv/test-installed | build/tmp
 	$(BIN)/python bench/suite.py
 	$(BIN)/python bench/relu_solvers.py
+	$(BIN)/python bench/cone_decomposition.py
 	$(BIN)/python bench/rooflines.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/streaming_memory.py
