@@ -95,6 +95,7 @@ bench: .venv/test-installed | build/tmp
 	$(BIN)/python bench/relu_solvers.py
 	$(BIN)/python bench/cone_decomposition.py
 	$(BIN)/python bench/rooflines.py
+	$(BIN)/python bench/mnist_outputs.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/streaming_memory.py
 
