@@ -27,7 +27,7 @@ from cvxdistill.solvers import (
 )
 
 RESULTS = Path(__file__).resolve().parent / "results" / "mnist_outputs.csv"
-GATES, STRENGTH, GAP = 100, 0.01, 1e-4
+IMAGES, GATES, STRENGTH, GAP = 60_000, 100, 0.01, 1e-4
 
 
 def measure(images: np.ndarray, labels: np.ndarray, verbose: int = 0) -> dict[str, Any]:
@@ -52,12 +52,11 @@ def measure(images: np.ndarray, labels: np.ndarray, verbose: int = 0) -> dict[st
 
 
 @click.command()
-@click.option("--images", default=60_000, show_default=True, type=click.IntRange(100, 60_000))
-def main(images: int) -> None:
+def main() -> None:
     """Solve, print the row, and write it."""
     print(describe_machine("numpy", "numba", "cvxdistill"), flush=True)
     pictures, labels = load_mnist("train")
-    row = measure(pictures[:images], labels[:images], verbose=1)
+    row = measure(pictures[:IMAGES], labels[:IMAGES], verbose=1)
     table = pd.DataFrame([row])
     print(table.to_string(index=False, float_format="%.3g"))
     RESULTS.parent.mkdir(exist_ok=True)

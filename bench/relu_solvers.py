@@ -162,6 +162,17 @@ def report(rows: pd.DataFrame) -> str:
                 f"at {ratio:g} alpha_max, {over} / {under}: geometric mean {mean:.2g}, median "
                 f"{share.median():.2g}, {share.min():.2g} to {share.max():.2g}"
             )
+    wide = rows.pivot(index=["table", "ratio"], columns="solver", values="seconds")
+    marks = rows[rows["solver"] == AUTO].set_index(["table", "ratio"])
+    wide["as good as the peer"] = marks["seconds as good as the peer"]
+    ended = rows[rows["solver"] == PEER].set_index(["table", "ratio"])["status"] == "converged"
+    for what, some in (("all", wide), (f"those that {PEER} ended", wide[ended.loc[wide.index]])):
+        for under in ("as good as the peer", AUTO) if len(some) else ():
+            share = some[PEER] / some[under]
+            lines.append(
+                f"{what} ({len(some)}), {PEER} / {under}: geometric mean "
+                f"{np.exp(np.log(share).mean()):.2g}, {share.min():.2g} to {share.max():.2g}"
+            )
     return "\n".join(lines)
 
 

@@ -137,7 +137,7 @@ class BlockCoordinateDescent(Solver):
         eps: float = 1e-3,
         callback: Callable[[GroupSolution], Any] | None = None,
     ) -> GroupPath:
-        """Solve for each alpha, from the largest down, each warm-started at the one before.
+        """Solve for each alpha, from the largest down, each warm-started at those before.
 
         Parameters
         ----------

@@ -88,8 +88,8 @@ def solve_path(
 ) -> Path:
     """Solve for each alpha, from the largest down, starting from the solutions before.
 
-    Where two alphas are at most a factor of 1.5 apart, solvers that keep no state of their own
-    and ``SemismoothNewton`` start on the line through the last two solutions, in log alpha.
+    Where two alphas are at most a factor of 1.5 apart, a solve starts on the line through the last
+    two solutions, in log alpha.
 
     Parameters
     ----------

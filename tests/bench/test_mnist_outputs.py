@@ -21,7 +21,8 @@ def test_the_row_is_certified_and_written(monkeypatch, tmp_path):
     monkeypatch.setattr(mnist_outputs, "RESULTS", tmp_path / "results" / "row.csv")
     monkeypatch.setattr(mnist_outputs, "load_mnist", noise)
     (tmp_path / "results").mkdir()
-    done = CliRunner().invoke(mnist_outputs.main, ["--images", "200"])
+    monkeypatch.setattr(mnist_outputs, "IMAGES", 200)
+    done = CliRunner().invoke(mnist_outputs.main)
     assert done.exit_code == 0, done.output
     names, values = (tmp_path / "results" / "row.csv").read_text().splitlines()
     row = dict(zip(names.split(","), values.split(","), strict=True))

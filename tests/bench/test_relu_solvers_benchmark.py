@@ -41,9 +41,18 @@ def test_the_report_compares_at_each_strength():
         {"table": "a", "ratio": ratio, "solver": name, "seconds": value}
         for ratio in relu_solvers.RATIOS
         for name, value in seconds.items()
-    ).assign(lower_bound=0.0, alpha=1.0, objective=1.0)
+    ).assign(lower_bound=0.0, alpha=1.0, objective=1.0, status="converged")
+    rows.loc[(rows["solver"] == peer) & (rows["ratio"] == 0.01), ["seconds", "status"]] = (
+        60.0,
+        "limit",
+    )
     rows["seconds as good as the peer"] = np.where(rows["solver"] == auto, 0.5, np.nan)
     said = relu_solvers.report(rows)
-    for ratio in relu_solvers.RATIOS:
-        assert f"at {ratio:g} alpha_max, {peer} / ADMM: geometric mean 30" in said
-        assert f"at {ratio:g} alpha_max, {peer} / as good as the peer: geometric mean 60" in said
+    for ratio, least in ((0.1, 30), (0.01, 60)):
+        assert f"at {ratio:g} alpha_max, {peer} / ADMM: geometric mean {least}" in said
+        assert (
+            f"at {ratio:g} alpha_max, {peer} / as good as the peer: geometric mean "
+            f"{'60' if ratio == 0.1 else '1.2e+02'}"
+        ) in said
+    assert f"all (2), {peer} / {auto}: geometric mean 21, 15 to 30" in said
+    assert f"ended (1), {peer} / {auto}: geometric mean 15, 15 to 15" in said
