@@ -12,6 +12,7 @@ pyscnn's network in the end, from above or below, with weights in their cones.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,11 @@ def setting(table: str, ratio: float) -> tuple[dict[str, np.ndarray], ReLUProble
 
 
 def our_rows(
-    problem: ReLUProblem, alpha: float, limit: float
+    problem: ReLUProblem, alpha: float, limit: float, names: Collection[str] = tuple(OURS)
 ) -> tuple[list[dict[str, Any]], Solution]:
-    """Solve with each of our solvers; the rows, and the solution of the last and tightest run."""
+    """Solve with some of our solvers and ``choose_solver``'s; rows, and the latter's solution."""
     limits = {"time_limit": limit, "max_iter": 10**9}
-    solvers = {name: solver(tol=TOLERANCE, **limits) for name, solver in OURS.items()}
+    solvers = {name: OURS[name](tol=TOLERANCE, **limits) for name in names}
     solvers[AUTO] = choose_solver(problem, tol=TIGHT, **limits)
     rows = []
     for name, solver in solvers.items():
@@ -122,13 +123,18 @@ def worst_violation(X: np.ndarray, D: np.ndarray, V: np.ndarray) -> tuple[float,
 
 
 def compare(
-    table: str, ratio: float, limit: float, peer_limit: float, worker: Worker
+    table: str,
+    ratio: float,
+    limit: float,
+    peer_limit: float,
+    worker: Worker,
+    ours: Collection[str] = tuple(OURS),
 ) -> list[dict[str, Any]]:
     """One row for each solver on one table, with the suboptimality of each network."""
     data, problem, alpha = setting(table, ratio)
     n, d = data["X"].shape
     shared = {"table": table, "ratio": ratio, "n": n, "d": d, "gates": data["D"].shape[1]}
-    rows, tightest = our_rows(problem, alpha, limit)
+    rows, tightest = our_rows(problem, alpha, limit, ours)
     rows.append({"solver": PEER, **peer_row(data, problem, alpha, peer_limit, worker)})
     best = max(row["lower_bound"] for row in rows if "lower_bound" in row)
     rows = [shared | {"alpha": alpha} | row for row in rows]
@@ -156,6 +162,8 @@ def report(rows: pd.DataFrame) -> str:
         ].dropna()
         pairs = [(PEER, name) for name in (*OURS, AUTO, "as good as the peer")]
         for over, under in [*pairs, ("AugmentedLagrangian", "RFISTA"), ("ADMM", "RFISTA")]:
+            if not {over, under} <= set(seconds):
+                continue
             share = seconds[over] / seconds[under]
             mean = np.exp(np.log(share).mean())
             lines.append(
@@ -206,7 +214,8 @@ def draw(rows: pd.DataFrame, file: Path) -> None:
 @click.option("--tables", help="Comma-separated names; all by default.")
 @click.option("--limit", default=LIMIT, show_default=True, help="Seconds of one solve.")
 @click.option("--peer-limit", default=PEER_LIMIT, show_default=True, help="Of one of the peer's.")
-def main(tables: str | None, limit: float, peer_limit: float) -> None:
+@click.option("--auto-only", is_flag=True, help="Of ours, only what choose_solver takes.")
+def main(tables: str | None, limit: float, peer_limit: float, auto_only: bool) -> None:
     """Solve the convex ReLU programme of every table with every solver.
 
     An interrupted run goes on where it stopped. The CSV and the picture in bench/results are
@@ -216,7 +225,8 @@ def main(tables: str | None, limit: float, peer_limit: float) -> None:
     unknown = sorted(set(names) - set(UCI_TABLES))
     if unknown:
         raise click.BadParameter(f"{unknown} not among {', '.join(UCI_TABLES)}", None, "--tables")
-    everything = set(names) == set(UCI_TABLES)
+    ours = () if auto_only else tuple(OURS)
+    everything = set(names) == set(UCI_TABLES) and not auto_only
     CACHE.mkdir(parents=True, exist_ok=True)
     RESULTS.parent.mkdir(exist_ok=True)
     output = RESULTS if everything else CACHE / "subset"
@@ -229,11 +239,11 @@ def main(tables: str | None, limit: float, peer_limit: float) -> None:
     start = time.perf_counter()
     with Worker(peers_python(), HERE / "peers" / "pyscnn_al.py", THREADS) as worker:
         # Not kept: it compiles and warms up both sides.
-        compare("wine", RATIOS[0], 1.0, 1.0, worker)
+        compare("wine", RATIOS[0], 1.0, 1.0, worker, ours)
         for table, ratio in product(names, RATIOS):
             if ((done["table"] == table) & (done["ratio"] == ratio)).any():
                 continue
-            new = pd.DataFrame(compare(table, ratio, limit, peer_limit, worker))
+            new = pd.DataFrame(compare(table, ratio, limit, peer_limit, worker, ours))
             new.to_csv(unfinished, mode="a", header=not unfinished.exists(), index=False)
             print(f"[{time.perf_counter() - start:4.0f} s] {table}, {ratio:g}", flush=True)
     rows = pd.read_csv(unfinished)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.linalg import LinAlgError, cholesky, solve, solve_triangular
+from scipy.linalg import LinAlgError, lapack, solve_triangular
 from scipy.optimize import nnls
 
 from cvxdistill.solvers.penalties import NuclearPenalty, Regularizer
@@ -103,11 +103,23 @@ def residual_correction(
 def solve_bounded(G: np.ndarray, e: np.ndarray, w: np.ndarray) -> np.ndarray:
     """argmin of 1/2 t^T G t - e^T t subject to t <= w, for positive definite G of shape (m, m).
 
-    Non-negative least squares in w - t and a Cholesky factor of G.
+    G^-1 e where that is within the bounds; non-negative least squares in w - t and a Cholesky
+    factor of G otherwise.
+
+    Raises
+    ------
+    LinAlgError
+        If G is not positive definite.
+    RuntimeError
+        If non-negative least squares do not end.
     """
-    if np.isinf(w).all():
-        return solve(G, e, assume_a="pos")
-    L = cholesky(G, lower=True)
+    # LAPACK itself: SciPy's checks would take longer than small systems, of which there are many.
+    L, t, failed = lapack.dposv(G, e, lower=1)
+    if failed:
+        raise LinAlgError("The system is not positive definite.")
+    if (t <= w).all():
+        return t
+    L = np.tril(L)
     rest, _ = nnls(L.T, solve_triangular(L, G @ w - e, lower=True), maxiter=10 * len(e) + 100)
     return w - rest
 
@@ -200,6 +212,7 @@ def _contribution_grams(
     A = problem.operator
     m, c = len(blocks), U.shape[2]
     diagonal = H.ndim == 2
+    weighted = not diagonal or not (H == 1).all()
     pairs = [(k, m) for k in range(c) for m in range(c) if k == m or not diagonal]
 
     def work(row_blocks: list[slice]) -> tuple[np.ndarray, np.ndarray]:
@@ -207,10 +220,12 @@ def _contribution_grams(
         for rows in row_blocks:
             T = np.ascontiguousarray(A.contributions(U, blocks, rows).transpose(2, 0, 1))
             for index, (k, other) in enumerate(pairs):
-                h = H[rows, k] if diagonal else H[rows, k, other]
-                HT = h[:, None] * T[other]
+                HT = T[other]
+                if weighted:
+                    HT = (H[rows, k] if diagonal else H[rows, k, other])[:, None] * HT
                 grams[index] += T[k].T @ HT
-                totals[k, other] += HT.sum(axis=0, dtype=np.float64)
+                if pulls is not None:
+                    totals[k, other] += HT.sum(axis=0, dtype=np.float64)
         return grams, totals
 
     gated = A.gated if isinstance(A, ReLUOperator) else A

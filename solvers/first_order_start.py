@@ -7,22 +7,17 @@ import math
 import numpy as np
 
 from cvxdistill.solvers import solution as status
-from cvxdistill.solvers.fista import RFISTA
-from cvxdistill.solvers.gated_newton import products_work, step_work
+from cvxdistill.solvers.fista import RFISTA, iteration_work
+from cvxdistill.solvers.gated_newton import step_work
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, Progress, Solver
 
-# Operations of one of Newton's steps, for such a share of the gates, below which it is not dear.
-LEAST_WORK, USUAL_SHARE = 2.5e9, 0.2
+# Operations of one of Newton's steps, for such a share of the gates, from which on it is dear; or
+# as many iterations cost no more than Newton's method.
+LEAST_WORK, USUAL_SHARE, MANY = 2.5e9, 0.2, 500
 # Newton's steps that will be needed, about, and iterations between two looks.
 USUAL_STEPS, LOOK = 20, 20
-
-
-def iteration_work(problem: GatedReLUProblem) -> float:
-    """Operations of an iteration of R-FISTA, its masks and the interpreter among them."""
-    A = problem.operator
-    return products_work(A.n, A.d, A.p, problem.n_outputs)
 
 
 class FirstOrderStart:
@@ -65,7 +60,8 @@ class FirstOrderStart:
         p = problem.operator.p
         usual = max(math.ceil(USUAL_SHARE * p), np.count_nonzero(V.any(axis=(1, 2))))
         enough = self._enough(p)
-        if step_work(problem, usual) < LEAST_WORK or enough < 2 * LOOK:
+        dear = step_work(problem, usual) >= LEAST_WORK and enough >= 2 * LOOK
+        if not dear and self._enough(usual) < MANY:
             return
         solver = RFISTA(
             tol=settings.tol,

@@ -16,6 +16,7 @@ from typing import Protocol, TypeGuard
 import numpy as np
 
 from cvxdistill.solvers.cone_projector import ConeProjector
+from cvxdistill.solvers.gated_operator import products_work
 from cvxdistill.solvers.principal_metric import (
     PrincipalComposite,
     has_principal_metric,
@@ -23,12 +24,13 @@ from cvxdistill.solvers.principal_metric import (
 )
 from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
-from cvxdistill.solvers.solution import STOPPED, Solution
+from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, IterativeSolver, Progress, State, continued
+from cvxdistill.solvers.triangular_form import triangular_form_pays, triangular_work
 
-# The smallest gap that is sought in single precision, and what is left of a larger tol for double;
+# The smallest gap that is sought in single precision, and what is left of a larger tol for later;
 # operations of an iteration from which on that is much faster, and bytes of a copy of X.
-SINGLE_TOL, SINGLE_SHARE = 1e-6, 0.9
+SINGLE_TOL, EARLY_SHARE = 1e-6, 0.9
 DEAR, MOST_COPIED = 3e7, 2**30
 # Looks at the gap in single precision that find none smaller, after which it is over.
 MOST_IDLE = 10
@@ -141,7 +143,10 @@ class RFISTA(IterativeSolver):
     next step. Momentum restarts when <W - V+, V+ - V> > 0.
 
     Gated ReLU programmes of large float64 arrays are solved in single precision first, to tol or
-    1e-6, and go on from there in double: mostly a tol of 1e-6 or more is only certified then.
+    1e-6, and go on from there in double: mostly a tol of 1e-6 or more is only certified then. Where
+    squared loss has far more examples than gated features, these are first summed over the
+    examples (``cvxdistill.solvers.triangular_form``), and iterations do not depend on how many
+    there are; the end is certified on all of them.
 
     Parameters
     ----------
@@ -176,22 +181,54 @@ class RFISTA(IterativeSolver):
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
     ) -> Solution:
-        if self.max_iter == 1 or not single_precision_pays(problem):
+        early = self._early_forms(problem) if self.max_iter > 1 else []
+        if not early:
             return super()._run(problem, alpha, V, callback)
         start = time.perf_counter()
-        if self._in_principal_metric(problem):
-            _ = problem.principal_axes  # Both take those in double precision.
-        watch = _SingleWatch(callback)
-        tol = SINGLE_SHARE * max(self.tol, SINGLE_TOL)
-        rough = replace(self, tol=tol, max_iter=self.max_iter - 1)
-        single = IterativeSolver._run(rough, problem.in_single, alpha, V.astype(np.float32), watch)
-        left = None
-        if self.time_limit is not None:
-            left = max(self.time_limit - (time.perf_counter() - start), 1e-9)
-        rest = replace(self, max_iter=self.max_iter - single.n_iter, time_limit=left)
-        V = problem.weights_from_user(single.V)
-        solution = IterativeSolver._run(rest, problem, alpha, V, watch.after(single))
-        return replace(solution.after(single), seconds=time.perf_counter() - start)
+        principal = self._in_principal_metric(problem)
+        settings = replace(self, metric="principal" if principal else "plain")
+        past: Solution | None = None
+        for form, tol in early:
+            rest = settings._after(past, start)
+            if rest.max_iter == 1:
+                break
+            watch = _EarlyWatch(callback, past)
+            solver = replace(rest, tol=tol, max_iter=rest.max_iter - 1)
+            found = IterativeSolver._run(solver, form, alpha, V.astype(form.dtype), watch)
+            V = form.weights_from_user(found.V)
+            past = found if past is None else found.after(past)
+            if watch.stopped:
+                callback = _stop
+                break
+        assert past is not None
+        solution = IterativeSolver._run(
+            settings._after(past, start),
+            problem,
+            alpha,
+            V.astype(problem.dtype),
+            continued(callback, past),
+        )
+        return replace(solution.after(past), seconds=time.perf_counter() - start)
+
+    def _early_forms(self, problem: ConvexProblem) -> list[tuple[GatedReLUProblem, float]]:
+        """Cheaper forms of the programme that are solved first, and to which gap."""
+        tol = EARLY_SHARE * self.tol
+        roughly = max(tol, EARLY_SHARE * SINGLE_TOL)
+        form = problem.triangular if triangular_form_pays(problem) else None
+        if form is None:
+            return [(problem.in_single, roughly)] if single_precision_pays(problem) else []
+        if problem.dtype == np.float32:
+            return [(form.in_single, tol)]
+        return [(form.in_single, roughly), (form, tol)]
+
+    def _after(self, past: Solution | None, start: float) -> RFISTA:
+        """What is left of the limits."""
+        left = self.time_limit
+        if left is not None:
+            left = max(left - (time.perf_counter() - start), 1e-9)
+        return replace(
+            self, max_iter=self.max_iter - (0 if past is None else past.n_iter), time_limit=left
+        )
 
     def init(self, problem: ConvexProblem, alpha: float, V: np.ndarray) -> FISTAState:
         """Start at V.
@@ -257,25 +294,32 @@ class RFISTA(IterativeSolver):
         return FISTAState(V, Z, R, C, composite, W, ZW, t, next_s, M=_multipliers(composite))
 
 
-class _SingleWatch:
-    """A callback for what is done in single precision, which also ends it where it stalls."""
+class _EarlyWatch:
+    """A callback for what is done in another form first, which also ends it where it stalls."""
 
-    def __init__(self, callback: Callback | None):
-        self.callback = callback
+    def __init__(self, callback: Callback | None, past: Solution | None):
+        self._callback = callback if past is None else continued(callback, past)
         self.stopped = False
         self._best, self._idle = math.inf, 0
 
     def __call__(self, progress: Progress) -> bool:
         self._idle = 0 if progress.gap < 0.99 * self._best else self._idle + 1
         self._best = min(self._best, progress.gap)
-        self.stopped = self.callback is not None and bool(self.callback(progress))
+        self.stopped = self._callback is not None and bool(self._callback(progress))
         return self.stopped or self._idle >= MOST_IDLE
 
-    def after(self, single: Solution) -> Callback | None:
-        """The callback for what is done then."""
-        if self.stopped and single.status == STOPPED:
-            return lambda progress: True
-        return continued(self.callback, single)
+
+def _stop(progress: Progress) -> bool:
+    """A callback that ends a solve at its first look."""
+    return True
+
+
+def iteration_work(problem: GatedReLUProblem) -> float:
+    """Operations of an iteration, masks and the interpreter among them."""
+    A, c = problem.operator, problem.n_outputs
+    if triangular_form_pays(problem):
+        return triangular_work(A.p * A.d, c)
+    return products_work(A.n, A.d, A.p, c)
 
 
 def single_precision_pays(problem: ConvexProblem) -> TypeGuard[GatedReLUProblem]:

@@ -24,16 +24,15 @@ import numba
 import numpy as np
 from scipy import linalg
 
-from cvxdistill.solvers.gated_operator import GatedOperator
+from cvxdistill.solvers.gated_operator import GatedOperator, products_work
 from cvxdistill.solvers.penalties import GatePenalty
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.scaled_gates import ScaledGates
 
 # Newton's steps that will use a Gram matrix that is formed.
 USES = 8
-# What the interpreter does during an iteration, in operations of a matrix product, and what masks
-# are worth, in columns of X.
-OVERHEAD, MASKING = 3e6, 8
+# What the interpreter does during a step of one system, in operations of a matrix product.
+STEP_OVERHEAD = 2.5e7
 # Of matrices of about 0.5 and 1 GB.
 MOST_EXAMPLES, MOST_FEATURES = 8000, 11_000
 
@@ -117,11 +116,6 @@ class NewtonSystem:
         return several(self, dtype)
 
 
-def products_work(n: int, d: int, gates: int, c: int) -> float:
-    """Operations of a product with A and one with A^T, masks and the interpreter among them."""
-    return 4 * n * (d + MASKING) * gates * c + OVERHEAD
-
-
 def examples_work(n: int, gates: int) -> float:
     """Operations of the matrix of the examples and its factorisation; infinite beyond memory."""
     return 2 * n**2 * gates + n**3 / 3 if n <= MOST_EXAMPLES else np.inf
@@ -136,15 +130,20 @@ def features_work(A: ScaledGates, gates: np.ndarray) -> float:
 
 
 def step_work(problem: GatedReLUProblem, gates: int | None = None) -> float:
-    """Operations of a step of all outputs with so many gates, or all; infinite beyond memory."""
+    """Operations of a step of all outputs with so many gates, or all; infinite beyond memory.
+
+    Its products and what the interpreter does are among them.
+    """
     A, c = problem.operator, problem.n_outputs
     G = A.p if gates is None else gates
     m = G * A.d
     shared = isinstance(problem.regularizer.penalty, GatePenalty)
     ranks = 2 * c * G if shared and c > 1 else 0
     by_features = m**3 / 3 + (2 + ranks) * m**2 if m <= MOST_FEATURES else np.inf
-    work = min(examples_work(A.n, G) + ranks * A.n**2, by_features)
-    return work if shared else c * work
+    work = min(examples_work(A.n, G) + ranks * A.n**2, by_features) + STEP_OVERHEAD
+    if shared:
+        return work + products_work(A.n, A.d, G, c)
+    return c * (work + products_work(A.n, A.d, G, 1))
 
 
 def _by_examples(system: NewtonSystem, dtype: Any) -> Inverse:

@@ -29,6 +29,9 @@ from cvxdistill.solvers.threads import n_threads, one_blas_thread, run_in_thread
 
 # Multiply-adds below which a second thread costs more than it brings.
 SMALLEST_PARALLEL_WORK = 2_000_000
+# What the interpreter does between a product with A and one with A^T, in operations of a matrix
+# product, and what masks are worth, in columns of X.
+OVERHEAD, MASKING = 3e6, 8
 
 
 def empty_weights(p: int, d: int, c: int, dtype: Any) -> np.ndarray:
@@ -49,6 +52,11 @@ def flat_weights(V: np.ndarray) -> np.ndarray:
     """Weights (p, d, c) as the matrix (p c, d)."""
     p, d, c = V.shape
     return np.ascontiguousarray(V.transpose(0, 2, 1)).reshape(p * c, d)
+
+
+def products_work(n: int, d: int, gates: int, c: int) -> float:
+    """Operations of a product with A and one with A^T, masks and the interpreter among them."""
+    return 4 * n * (d + MASKING) * gates * c + OVERHEAD
 
 
 class GatedOperator:

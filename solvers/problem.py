@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from cvxdistill.solvers.losses import LogisticLoss, Loss, MultinomialLoss, find_
 from cvxdistill.solvers.penalties import Penalty, find_regularizer
 from cvxdistill.solvers.relu_operator import ReLUOperator
 from cvxdistill.solvers.rows import RowSource, check_rows, row_blocks
+
+if TYPE_CHECKING:
+    from cvxdistill.solvers.triangular_form import TriangularProblem
 
 
 class ConvexProblem(ABC):
@@ -258,6 +261,14 @@ class GatedReLUProblem(ConvexProblem):
         )
         single.operator = GatedOperator(A.X[:].astype(np.float32), A.D, scale=single.scale)
         return single
+
+    @cached_property
+    def triangular(self) -> TriangularProblem | None:
+        """The programme of squared loss in the sums of its gated features, if these allow it."""
+        from cvxdistill.solvers.principal_metric import has_principal_metric
+        from cvxdistill.solvers.triangular_form import triangular_form
+
+        return triangular_form(self, self.principal_axes if has_principal_metric(self) else None)
 
     @cached_property
     def principal_axes(self) -> tuple[np.ndarray, np.ndarray]:

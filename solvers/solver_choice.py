@@ -11,8 +11,7 @@ from cvxdistill.solvers.admm import ADMM
 from cvxdistill.solvers.augmented_lagrangian import AugmentedLagrangian
 from cvxdistill.solvers.coordinate_descent import BlockCoordinateDescent
 from cvxdistill.solvers.difference_system import MOST_FACTORED
-from cvxdistill.solvers.first_order_start import iteration_work
-from cvxdistill.solvers.fista import RFISTA
+from cvxdistill.solvers.fista import RFISTA, iteration_work
 from cvxdistill.solvers.gated_newton import step_work
 from cvxdistill.solvers.group_form import has_group_form
 from cvxdistill.solvers.losses import SquaredLoss

@@ -15,7 +15,7 @@ from cvxdistill.solvers import (
     choose_solver,
     sample_gates,
 )
-from cvxdistill.solvers.first_order_start import iteration_work
+from cvxdistill.solvers.fista import iteration_work
 from cvxdistill.solvers.gated_newton import step_work
 from cvxdistill.solvers.solver_choice import (
     MOST_DESCENT_FEATURES,

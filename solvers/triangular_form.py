@@ -1,0 +1,229 @@
+"""The squared loss of n examples as that of as many rows as there are gated features: QR without Q.
+
+With the features A and targets U of ``cvxdistill.solvers.scaled_gates``, centred and scaled by the
+examples' weights, and m = p d,
+
+    1/(2n) ||U - A V||^2 = 1/2 ||T - F V||^2 + 1/2 ||t||^2,
+    F^T F = A^T A / n,     F^T T = A^T U / n,     t^2 = ||U||^2 / n - ||T||^2 for each output,
+
+F (m, m) upper triangular. The last row t, where all features are 0, makes it a programme of m + 1
+rows with the same objective, gradients and dual points, whose products with F and F^T cost 2 m^2 c
+operations, however many examples there are. A^T A is added up by the gates' patterns
+(``cvxdistill.solvers.gated_gram``); its Cholesky factor loses half of the digits where features are
+nearly dependent, so what is found is certified, and if need be finished, on the examples.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, TypeGuard
+
+import numpy as np
+from scipy import linalg
+
+from cvxdistill.solvers.average_loss import AverageLoss
+from cvxdistill.solvers.feature_columns import GatedColumns
+from cvxdistill.solvers.gated_operator import (
+    OVERHEAD,
+    SMALLEST_PARALLEL_WORK,
+    GatedOperator,
+    empty_weights,
+    products_work,
+)
+from cvxdistill.solvers.losses import SquaredLoss
+from cvxdistill.solvers.penalties import Regularizer
+from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
+from cvxdistill.solvers.rows import even_blocks
+from cvxdistill.solvers.threads import n_threads, run_in_threads
+
+# Of the factor, which has 0.3 GB then.
+MOST_FEATURES = 6000
+# Iterations of R-FISTA that a programme takes, about, and what the gates' patterns are worth: how
+# many products of two entries of A are added up for the price of one in a matrix product.
+USUAL_ITERATIONS, SUMMED_AT_ONCE = 100, 4
+# Shares of the diagonal that are added to it until it is positive definite in spite of rounding.
+RIDGES = (1e-12, 1e-10)
+
+
+class TriangularOperator(GatedOperator):
+    """V -> F V for weights V (p, d, c), with a last row of zeros, and its adjoint.
+
+    Parameters
+    ----------
+    F : ndarray of shape (p d, p d)
+        Upper triangular, zeros below, in the order of Fortran.
+    p : int
+    """
+
+    def __init__(self, F: np.ndarray, p: int):
+        self.F, self.p, self.d = F, p, len(F) // p
+        self.n, self.dtype = len(F) + 1, F.dtype
+        self.scale = None
+        (self._trmm,) = linalg.blas.get_blas_funcs(("trmm",), (F,))
+
+    def __repr__(self) -> str:
+        return f"TriangularOperator(d={self.d}, p={self.p}, dtype={self.dtype})"
+
+    def forward(self, V: np.ndarray) -> np.ndarray:
+        """F V, of shape (m + 1, c)."""
+        c = V.shape[2]
+        Z = np.zeros((c, self.n), dtype=self.dtype)
+        flat = V.transpose(2, 0, 1).reshape(c, -1)
+
+        def work(runs: list[slice]) -> None:
+            for outputs in runs:
+                Z[outputs, :-1] = self._trmm(1.0, self.F, flat[outputs].T).T
+
+        self._for_outputs(work, c)
+        return Z.T
+
+    def adjoint(self, R: np.ndarray) -> np.ndarray:
+        """F^T R, of shape (p, d, c)."""
+        c = R.shape[1]
+        R = np.ascontiguousarray(R[:-1].T, dtype=self.dtype)
+        C = empty_weights(self.p, self.d, c, self.dtype)
+
+        def work(runs: list[slice]) -> None:
+            for outputs in runs:
+                product = self._trmm(1.0, self.F, R[outputs].T, trans_a=1)
+                C[:, :, outputs] = product.reshape(self.p, self.d, -1)
+
+        self._for_outputs(work, c)
+        return C
+
+    def _for_outputs(self, work: Any, c: int) -> None:
+        """Call ``work`` on runs of outputs, one run a thread; solvers hold BLAS to one each."""
+        if len(self.F) ** 2 * c < SMALLEST_PARALLEL_WORK:
+            work([slice(0, c)])
+        else:
+            run_in_threads(work, even_blocks(c, 1, min(n_threads(), c)))
+
+    def contributions(self, W: np.ndarray, gates: np.ndarray, rows: slice) -> np.ndarray:
+        """What each gate adds to a block of rows, (rows, gates, c), for its W of (gates, d, c)."""
+        F = self.F[rows].reshape(-1, self.p, self.d)[:, gates]
+        T = np.zeros((rows.stop - rows.start, len(gates), W.shape[2]), dtype=self.dtype)
+        T[: len(F)] = (F.transpose(1, 0, 2) @ W).transpose(1, 0, 2)
+        return T
+
+
+class TriangularProblem(GatedReLUProblem):
+    """A programme of as many rows as gated features, and one; its weights are in solvers' units.
+
+    Parameters
+    ----------
+    regularizer : Regularizer
+    F : ndarray of shape (p d, p d)
+    Y : ndarray of shape (p d + 1, c)
+    p : int
+    axes : tuple of ndarray, optional
+        ``principal_axes`` of the examples.
+    """
+
+    operator: TriangularOperator
+
+    def __init__(
+        self,
+        regularizer: Regularizer,
+        F: np.ndarray,
+        Y: np.ndarray,
+        p: int,
+        axes: tuple[np.ndarray, np.ndarray] | None,
+    ):
+        self.regularizer, self.fit_intercept, self.scale = regularizer, False, None
+        self.Y, self.loss = Y, AverageLoss(SquaredLoss(), Y)
+        self.operator = TriangularOperator(F, p)
+        self._axes = axes
+
+    @property
+    def principal_axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Those of the examples."""
+        assert self._axes is not None
+        return self._axes
+
+    @cached_property
+    def in_single(self) -> GatedReLUProblem:
+        """The programme in float32."""
+        A = self.operator
+        F, Y = (a.astype(np.float32, order="F") for a in (A.F, self.Y))
+        return TriangularProblem(self.regularizer, F, Y, A.p, self._axes)
+
+
+def triangular_form(
+    problem: GatedReLUProblem, axes: tuple[np.ndarray, np.ndarray] | None
+) -> TriangularProblem | None:
+    """The programme in this form, in float64; None where its sums overflow or have no factor.
+
+    Parameters
+    ----------
+    problem : GatedReLUProblem
+        With squared loss.
+    axes : tuple of ndarray or None
+        Its ``principal_axes``, where these will be asked for.
+
+    Raises
+    ------
+    ValueError
+        If rows of X are not finite.
+    """
+    A = problem.operator
+    n, m = A.n, A.p * A.d
+    Y, h = problem.Y.astype(np.float64), problem.loss.weights
+    if h is None:
+        h = np.ones(n)
+    if problem.fit_intercept:
+        Y -= h @ Y / n
+    every = np.arange(m)
+    _, H, Q, mean = GatedColumns(A).moments(every[:0], every, h, Y * h[:, None])
+    if problem.fit_intercept:
+        H -= np.outer(mean, mean / n)
+    H /= n
+    Q /= n
+    F = _cholesky(H) if np.isfinite(H).all() else None
+    if F is None:
+        return None
+    T = np.zeros((m + 1, problem.n_outputs), order="F")
+    T[:-1] = linalg.solve_triangular(F, Q, trans=1)
+    rest = np.einsum("n,nc,nc->c", h, Y, Y) / n - np.einsum("mc,mc->c", T, T)
+    T[-1] = np.sqrt(np.maximum(rest, 0))
+    # Losses are means over rows, of which there are now m + 1.
+    root = np.sqrt(m + 1)
+    F *= root
+    T *= root
+    return TriangularProblem(problem.regularizer, F, T, A.p, axes)
+
+
+def _cholesky(H: np.ndarray) -> np.ndarray | None:
+    """F with F^T F = H, but for a diagonal of the order of rounding; None if that is too small."""
+    diagonal = np.diagonal(H).copy()
+    diagonal[diagonal <= 0] = 1.0
+    for ridge in RIDGES:
+        M = np.array(H, order="F")
+        M.flat[:: len(H) + 1] += ridge * diagonal
+        try:
+            F: np.ndarray = linalg.cholesky(M, overwrite_a=True, check_finite=False)
+        except linalg.LinAlgError:
+            continue
+        return F
+    return None
+
+
+def triangular_form_pays(problem: ConvexProblem) -> TypeGuard[GatedReLUProblem]:
+    """Whether the sums are made within some iterations, which cost far less then."""
+    if not (
+        isinstance(problem, GatedReLUProblem)
+        and isinstance(problem.loss.loss, SquaredLoss)
+        and problem.regularizer.bounds_the_dual
+    ):
+        return False
+    A, c = problem.operator, problem.n_outputs
+    m = A.p * A.d
+    if m > MOST_FEATURES:
+        return False
+    by_rows, by_features = products_work(A.n, A.d, A.p, c), triangular_work(m, c)
+    sums = A.n * m**2 / SUMMED_AT_ONCE + m**3 / 3
+    return 2 * by_features <= by_rows and sums <= USUAL_ITERATIONS * (by_rows - by_features)
+
+
+def triangular_work(m: int, c: int) -> float:
+    """Operations of a product with F and one with F^T, the interpreter among them."""
+    return 2 * m**2 * c + OVERHEAD
