@@ -181,33 +181,31 @@ class RFISTA(IterativeSolver):
     def _run(
         self, problem: ConvexProblem, alpha: float, V: np.ndarray, callback: Callback | None
     ) -> Solution:
+        start = time.perf_counter()
         early = self._early_forms(problem) if self.max_iter > 1 else []
         if not early:
             return super()._run(problem, alpha, V, callback)
-        start = time.perf_counter()
         principal = self._in_principal_metric(problem)
         settings = replace(self, metric="principal" if principal else "plain")
+        done, prepared = 0, time.perf_counter() - start
         past: Solution | None = None
         for form, tol in early:
-            rest = settings._after(past, start)
+            rest = settings._after(done, start)
             if rest.max_iter == 1:
                 break
-            watch = _EarlyWatch(callback, past)
+            watch = _EarlyWatch(continued(callback, done, time.perf_counter() - start))
             solver = replace(rest, tol=tol, max_iter=rest.max_iter - 1)
             found = IterativeSolver._run(solver, form, alpha, V.astype(form.dtype), watch)
             V = form.weights_from_user(found.V)
-            past = found if past is None else found.after(past)
+            past = found.later(prepared) if past is None else found.after(past)
+            done = past.n_iter
             if watch.stopped:
                 callback = _stop
                 break
         assert past is not None
-        solution = IterativeSolver._run(
-            settings._after(past, start),
-            problem,
-            alpha,
-            V.astype(problem.dtype),
-            continued(callback, past),
-        )
+        then = continued(callback, done, time.perf_counter() - start)
+        rest = settings._after(done, start)
+        solution = IterativeSolver._run(rest, problem, alpha, V.astype(problem.dtype), then)
         return replace(solution.after(past), seconds=time.perf_counter() - start)
 
     def _early_forms(self, problem: ConvexProblem) -> list[tuple[GatedReLUProblem, float]]:
@@ -221,14 +219,12 @@ class RFISTA(IterativeSolver):
             return [(form.in_single, tol)]
         return [(form.in_single, roughly), (form, tol)]
 
-    def _after(self, past: Solution | None, start: float) -> RFISTA:
+    def _after(self, n_iter: int, start: float) -> RFISTA:
         """What is left of the limits."""
         left = self.time_limit
         if left is not None:
             left = max(left - (time.perf_counter() - start), 1e-9)
-        return replace(
-            self, max_iter=self.max_iter - (0 if past is None else past.n_iter), time_limit=left
-        )
+        return replace(self, max_iter=self.max_iter - n_iter, time_limit=left)
 
     def init(self, problem: ConvexProblem, alpha: float, V: np.ndarray) -> FISTAState:
         """Start at V.
@@ -297,8 +293,8 @@ class RFISTA(IterativeSolver):
 class _EarlyWatch:
     """A callback for what is done in another form first, which also ends it where it stalls."""
 
-    def __init__(self, callback: Callback | None, past: Solution | None):
-        self._callback = callback if past is None else continued(callback, past)
+    def __init__(self, callback: Callback | None):
+        self._callback = callback
         self.stopped = False
         self._best, self._idle = math.inf, 0
 

@@ -129,5 +129,5 @@ class NewtonSolve(PartwiseSolve):
             part.move(V)
         if start.done:
             return start.solution
-        then = continued(callback, start.solution)
+        then = continued(callback, start.solution.n_iter, start.solution.seconds)
         return self.advance(alpha, then, start.time_left).after(start.solution)

@@ -114,6 +114,11 @@ class Solution:
             trace=self.trace.after(before.trace),
         )
 
+    def later(self, seconds: float) -> Solution:
+        """Add seconds in which the solve was prepared."""
+        trace = replace(self.trace, seconds=self.trace.seconds + seconds)
+        return replace(self, seconds=self.seconds + seconds, trace=trace)
+
     @property
     def message(self) -> str:
         """Why the solver stopped, in a sentence."""

@@ -76,15 +76,19 @@ class Progress:
 Callback = Callable[[Progress], Any]
 
 
-def continued(callback: Callback | None, before: Solution) -> Callback | None:
-    """The callback for what goes on from a solution: its iterations and seconds are added."""
+def continued(callback: Callback | None, n_iter: int, seconds: float) -> Callback | None:
+    """The callback for what goes on after so many iterations and seconds, which are added."""
     if callback is None:
         return None
 
     def go_on(progress: Progress) -> Any:
-        iteration = before.n_iter + progress.iteration
-        seconds = before.seconds + progress.seconds
-        return callback(replace(progress, iteration=iteration, seconds=seconds))
+        return callback(
+            replace(
+                progress,
+                iteration=n_iter + progress.iteration,
+                seconds=seconds + progress.seconds,
+            )
+        )
 
     return go_on
 
