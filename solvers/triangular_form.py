@@ -36,12 +36,12 @@ from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
 from cvxdistill.solvers.rows import even_blocks
 from cvxdistill.solvers.threads import n_threads, run_in_threads
 
-# Of the factor, which has 0.3 GB then.
-MOST_FEATURES = 6000
+# Of the factor, which has 0.5 GB then.
+MOST_FEATURES = 8192
 # Iterations of R-FISTA that a programme takes, about, and what the gates' patterns are worth: how
 # many products of two entries of A are added up for the price of one in a matrix product.
 USUAL_ITERATIONS, SUMMED_AT_ONCE = 100, 4
-# Shares of the diagonal that are added to it until it is positive definite in spite of rounding.
+# Shares of the diagonal that are added to it until A^T A has a factor in spite of rounding.
 RIDGES = (1e-12, 1e-10)
 
 
@@ -175,7 +175,8 @@ def triangular_form(
     every = np.arange(m)
     _, H, Q, mean = GatedColumns(A).moments(every[:0], every, h, Y * h[:, None])
     if problem.fit_intercept:
-        H -= np.outer(mean, mean / n)
+        for row, own in zip(H, mean / n, strict=True):
+            row -= own * mean
     H /= n
     Q /= n
     F = _cholesky(H) if np.isfinite(H).all() else None
@@ -193,17 +194,21 @@ def triangular_form(
 
 
 def _cholesky(H: np.ndarray) -> np.ndarray | None:
-    """F with F^T F = H, but for a diagonal of the order of rounding; None if that is too small."""
-    diagonal = np.diagonal(H).copy()
-    diagonal[diagonal <= 0] = 1.0
+    """F with F^T F = H, but for a diagonal of the order of rounding; None if that is too small.
+
+    It takes the place of H in memory, which is written over.
+    """
+    F = H.T
+    diagonal = np.where(np.diagonal(H) > 0, np.diagonal(H), 1.0)
     for ridge in RIDGES:
-        M = np.array(H, order="F")
-        M.flat[:: len(H) + 1] += ridge * diagonal
-        try:
-            F: np.ndarray = linalg.cholesky(M, overwrite_a=True, check_finite=False)
-        except linalg.LinAlgError:
-            continue
-        return F
+        np.fill_diagonal(F, (1 + ridge) * diagonal)
+        F, failed = linalg.lapack.dpotrf(F, overwrite_a=1, clean=0)
+        if not failed:
+            for k in range(len(F)):
+                F[k + 1 :, k] = 0
+            return F
+        for k in range(len(F)):
+            F[:k, k] = F[k, :k]
     return None
 
 

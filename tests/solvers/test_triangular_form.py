@@ -171,6 +171,23 @@ def test_features_that_depend_on_each_other_are_no_obstacle(make_problem, forms,
     assert solution.converged or offset
 
 
+def test_a_matrix_without_a_factor_gets_a_larger_diagonal(monkeypatch):
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((30, 12))
+    A[:, 3:] = A[:, :3] @ rng.standard_normal((3, 9))
+    H, seen = A.T @ A, []
+    potrf = triangular_form.linalg.lapack.dpotrf
+    monkeypatch.setattr(triangular_form, "RIDGES", (-1e-3, 1e-10))
+    monkeypatch.setattr(
+        triangular_form.linalg.lapack, "dpotrf", lambda *a, **b: seen.append(0) or potrf(*a, **b)
+    )
+    F = triangular_form._cholesky(H.copy())
+    assert len(seen) == 2 and not np.tril(F, -1).any()
+    np.testing.assert_allclose(F.T @ F, H, atol=1e-8)
+    monkeypatch.setattr(triangular_form, "RIDGES", (-1e-3,))
+    assert triangular_form._cholesky(H.copy()) is None
+
+
 def test_without_a_factor_it_goes_on_with_the_examples(make_problem, monkeypatch):
     monkeypatch.setattr(triangular_form, "RIDGES", ())
     problem = make_problem(**SIZES)
@@ -222,5 +239,5 @@ def test_it_is_for_squared_loss_and_many_more_examples_than_features(make_proble
     assert not triangular_form_pays(make_problem(**SIZES, loss="huber"))
     assert not triangular_form_pays(make_problem(**SIZES, penalty="none"))
     assert not triangular_form_pays(make_problem(**SIZES | {"n": 30}))
-    assert not triangular_form_pays(make_problem(n=7000, d=61, p=100, c=1))
+    assert not triangular_form_pays(make_problem(n=9000, d=83, p=100, c=1))
     assert "TriangularOperator(d=4, p=6" in repr(make_problem(**SIZES).triangular.operator)
