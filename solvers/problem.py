@@ -265,10 +265,9 @@ class GatedReLUProblem(ConvexProblem):
     @cached_property
     def triangular(self) -> TriangularProblem | None:
         """The programme of squared loss in the sums of its gated features, if these allow it."""
-        from cvxdistill.solvers.principal_metric import has_principal_metric
         from cvxdistill.solvers.triangular_form import triangular_form
 
-        return triangular_form(self, self.principal_axes if has_principal_metric(self) else None)
+        return triangular_form(self)
 
     @cached_property
     def principal_axes(self) -> tuple[np.ndarray, np.ndarray]:

@@ -32,6 +32,7 @@ from cvxdistill.solvers.gated_operator import (
 )
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.penalties import Regularizer
+from cvxdistill.solvers.principal_metric import has_principal_metric
 from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
 from cvxdistill.solvers.rows import even_blocks
 from cvxdistill.solvers.threads import n_threads, run_in_threads
@@ -148,17 +149,13 @@ class TriangularProblem(GatedReLUProblem):
         return TriangularProblem(self.regularizer, F, Y, A.p, self._axes)
 
 
-def triangular_form(
-    problem: GatedReLUProblem, axes: tuple[np.ndarray, np.ndarray] | None
-) -> TriangularProblem | None:
+def triangular_form(problem: GatedReLUProblem) -> TriangularProblem | None:
     """The programme in this form, in float64; None where its sums overflow or have no factor.
 
     Parameters
     ----------
     problem : GatedReLUProblem
         With squared loss.
-    axes : tuple of ndarray or None
-        Its ``principal_axes``, where these will be asked for.
 
     Raises
     ------
@@ -190,6 +187,7 @@ def triangular_form(
     root = np.sqrt(m + 1)
     F *= root
     T *= root
+    axes = problem.principal_axes if has_principal_metric(problem) else None
     return TriangularProblem(problem.regularizer, F, T, A.p, axes)
 
 
