@@ -15,7 +15,7 @@ from cvxdistill.solvers.solver import Callback, Progress, Solver
 
 # Operations of one of Newton's steps, for such a share of the gates, from which on it is dear; or
 # as many iterations cost no more than Newton's method.
-LEAST_WORK, USUAL_SHARE, MANY = 2.5e9, 0.2, 500
+LEAST_WORK, USUAL_SHARE, MANY = 2.5e9, 0.2, 400
 # Newton's steps that will be needed, about, and iterations between two looks.
 USUAL_STEPS, LOOK = 20, 20
 

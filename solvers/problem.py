@@ -120,7 +120,7 @@ class ConvexProblem(ABC):
 
     def residual(self, Z: np.ndarray) -> np.ndarray:
         """-n grad L(Z + 1 b^T) with b the best intercept, of shape (n, c)."""
-        return self.loss.residual(Z + self.intercept(Z))
+        return self.loss.residual(self._with_intercept(Z))
 
     def adjoint(self, R: np.ndarray) -> np.ndarray:
         """C = A^T R / n, of shape (blocks, d, c)."""
@@ -130,13 +130,16 @@ class ConvexProblem(ABC):
 
     def bregman(self, Z_new: np.ndarray, Z: np.ndarray) -> float:
         """Bregman distance of min over b of L(Z + 1 b^T) from Z to Z_new."""
-        return self.loss.bregman(Z_new + self.intercept(Z_new), Z + self.intercept(Z))
+        return self.loss.bregman(self._with_intercept(Z_new), self._with_intercept(Z))
 
     def intercept(self, Z: np.ndarray) -> np.ndarray:
         """Best intercept b (c,) for the predictions Z without one; zero if none is fitted."""
         if self.fit_intercept:
             return self.loss.best_intercept(Z)
         return np.zeros(self.n_outputs, dtype=self.dtype)
+
+    def _with_intercept(self, Z: np.ndarray) -> np.ndarray:
+        return Z + self.intercept(Z) if self.fit_intercept else Z
 
     def predict(self, V: Any, intercept: Any = 0.0) -> np.ndarray:
         """Predictions of weights in the units of X on the problem's own rows, of shape (n, c)."""
