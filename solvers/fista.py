@@ -215,8 +215,8 @@ class RFISTA(IterativeSolver):
         form = problem.triangular if triangular_form_pays(problem) else None
         if form is None:
             return [(problem.in_single, roughly)] if single_precision_pays(problem) else []
-        if problem.dtype == np.float32:
-            return [(form.in_single, tol)]
+        if form.dtype == np.float32:
+            return [(form, tol)]
         return [(form.in_single, roughly), (form, tol)]
 
     def _after(self, n_iter: int, start: float) -> RFISTA:

@@ -15,8 +15,9 @@ nearly dependent, so what is found is certified, and if need be finished, on the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 from scipy import linalg
@@ -27,18 +28,19 @@ from cvxdistill.solvers.gated_operator import (
     OVERHEAD,
     SMALLEST_PARALLEL_WORK,
     GatedOperator,
-    empty_weights,
+    as_weights,
     products_work,
 )
 from cvxdistill.solvers.losses import SquaredLoss
 from cvxdistill.solvers.penalties import Regularizer
 from cvxdistill.solvers.principal_metric import has_principal_metric
 from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
-from cvxdistill.solvers.rows import even_blocks
 from cvxdistill.solvers.threads import n_threads, run_in_threads
 
-# Of the factor, which has 0.5 GB then.
-MOST_FEATURES = 8192
+# Of the factor, which has 1 GB then.
+MOST_FEATURES = 11_000
+# Rows and columns of F that are multiplied at once, without most of the zeros.
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
 # Iterations of R-FISTA that a programme takes, about, and what the gates' patterns are worth: how
 # many products of two entries of A are added up for the price of one in a matrix product.
 USUAL_ITERATIONS, SUMMED_AT_ONCE = 100, 2
@@ -60,44 +62,47 @@ class TriangularOperator(GatedOperator):
         self.F, self.p, self.d = F, p, len(F) // p
         self.n, self.dtype = len(F) + 1, F.dtype
         self.scale = None
-        (self._trmm,) = linalg.blas.get_blas_funcs(("trmm",), (F,))
+        m = len(F)
+        size = min(max(m // 8, SMALLEST_BLOCK), LARGEST_BLOCK)
+        blocks = [slice(a, min(a + size, m)) for a in range(0, m, size)]
+        # Each thread has as many long ones as short ones.
+        self._blocks = [block for k in range(n_threads()) for block in blocks[k :: n_threads()]]
 
     def __repr__(self) -> str:
         return f"TriangularOperator(d={self.d}, p={self.p}, dtype={self.dtype})"
 
     def forward(self, V: np.ndarray) -> np.ndarray:
         """F V, of shape (m + 1, c)."""
-        c = V.shape[2]
-        Z = np.zeros((c, self.n), dtype=self.dtype)
-        flat = V.transpose(2, 0, 1).reshape(c, -1)
+        flat, Z = V.reshape(self.n - 1, -1), np.empty((self.n, V.shape[2]), dtype=self.dtype)
+        Z[-1] = 0
 
-        def work(runs: list[slice]) -> None:
-            for outputs in runs:
-                Z[outputs, :-1] = self._trmm(1.0, self.F, flat[outputs].T).T
+        def work(blocks: list[slice]) -> None:
+            for rows in blocks:
+                a = rows.start
+                np.matmul(self.F[rows, a:], flat[a:], out=Z[rows])
 
-        self._for_outputs(work, c)
-        return Z.T
+        self._for_blocks(work, V.shape[2])
+        return Z
 
     def adjoint(self, R: np.ndarray) -> np.ndarray:
         """F^T R, of shape (p, d, c)."""
-        c = R.shape[1]
-        R = np.ascontiguousarray(R[:-1].T, dtype=self.dtype)
-        C = empty_weights(self.p, self.d, c, self.dtype)
+        R = np.ascontiguousarray(R, dtype=self.dtype)
+        C = np.empty_like(R[:-1])
 
-        def work(runs: list[slice]) -> None:
-            for outputs in runs:
-                product = self._trmm(1.0, self.F, R[outputs].T, trans_a=1)
-                C[:, :, outputs] = product.reshape(self.p, self.d, -1)
+        def work(blocks: list[slice]) -> None:
+            for columns in blocks:
+                e = columns.stop
+                np.matmul(self.F[:e, columns].T, R[:e], out=C[columns])
 
-        self._for_outputs(work, c)
-        return C
+        self._for_blocks(work, R.shape[1])
+        return as_weights(C.reshape(self.p, self.d, -1), self.dtype)
 
-    def _for_outputs(self, work: Any, c: int) -> None:
-        """Call ``work`` on runs of outputs, one run a thread; solvers hold BLAS to one each."""
+    def _for_blocks(self, work: Callable[[list[slice]], None], c: int) -> None:
+        """Call ``work`` on runs of blocks, one run a thread; solvers hold BLAS to one each."""
         if len(self.F) ** 2 * c < SMALLEST_PARALLEL_WORK:
-            work([slice(0, c)])
+            work(self._blocks)
         else:
-            run_in_threads(work, even_blocks(c, 1, min(n_threads(), c)))
+            run_in_threads(work, self._blocks)
 
     def contributions(self, W: np.ndarray, gates: np.ndarray, rows: slice) -> np.ndarray:
         """What each gate adds to a block of rows, (rows, gates, c), for its W of (gates, d, c)."""
@@ -145,12 +150,12 @@ class TriangularProblem(GatedReLUProblem):
     def in_single(self) -> GatedReLUProblem:
         """The programme in float32."""
         A = self.operator
-        F, Y = (a.astype(np.float32, order="F") for a in (A.F, self.Y))
+        F, Y = (a.astype(np.float32) for a in (A.F, self.Y))
         return TriangularProblem(self.regularizer, F, Y, A.p, self._axes)
 
 
 def triangular_form(problem: GatedReLUProblem) -> TriangularProblem | None:
-    """The programme in this form, in float64; None where its sums overflow or have no factor.
+    """The programme in this form, from sums in float64; None if they overflow or have no factor.
 
     Parameters
     ----------
@@ -188,6 +193,7 @@ def triangular_form(problem: GatedReLUProblem) -> TriangularProblem | None:
     F *= root
     T *= root
     axes = problem.principal_axes if has_principal_metric(problem) else None
+    F, T = (a.astype(problem.dtype, copy=False) for a in (F, T))
     return TriangularProblem(problem.regularizer, F, T, A.p, axes)
 
 
@@ -230,6 +236,6 @@ def triangular_form_pays(problem: ConvexProblem) -> TypeGuard[GatedReLUProblem]:
 def triangular_work(m: int, c: int) -> float:
     """Operations of a product with F and one with F^T, the interpreter among them.
 
-    Products with triangles reach half of a matrix product's rate.
+    Products with triangles reach half of a large matrix product's rate.
     """
     return 4 * m**2 * c + OVERHEAD
