@@ -26,7 +26,11 @@ from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
 from cvxdistill.solvers.relu_problem import ReLUProblem
 from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, IterativeSolver, Progress, State, continued
-from cvxdistill.solvers.triangular_form import triangular_form_pays, triangular_work
+from cvxdistill.solvers.triangular_form import (
+    TriangularOperator,
+    triangular_form_pays,
+    triangular_work,
+)
 
 # The smallest gap that is sought in single precision, and what is left of a larger tol for later;
 # operations of an iteration from which on that is much faster, and bytes of a copy of X.
@@ -215,9 +219,8 @@ class RFISTA(IterativeSolver):
         form = problem.triangular if triangular_form_pays(problem) else None
         if form is None:
             return [(problem.in_single, roughly)] if single_precision_pays(problem) else []
-        if form.dtype == np.float32:
-            return [(form, tol)]
-        return [(form.in_single, roughly), (form, tol)]
+        single = [(form.in_single, roughly)] if single_precision_pays(form) else []
+        return [*single, (form, tol)]
 
     def _after(self, n_iter: int, start: float) -> RFISTA:
         """What is left of the limits."""
@@ -321,14 +324,15 @@ def iteration_work(problem: GatedReLUProblem) -> float:
 def single_precision_pays(problem: ConvexProblem) -> TypeGuard[GatedReLUProblem]:
     """Whether iterations in single precision cost far less and lose nothing but last digits."""
     A = problem.operator
+    if not (isinstance(problem, GatedReLUProblem) and problem.regularizer.bounds_the_dual):
+        return False
+    features = A.F if isinstance(A, TriangularOperator) else A.X
     return (
-        isinstance(problem, GatedReLUProblem)
-        and isinstance(A.X, np.ndarray)
-        and problem.regularizer.bounds_the_dual
+        isinstance(features, np.ndarray)
         and problem.dtype == np.float64
-        and A.X.nbytes // 2 <= MOST_COPIED
+        and features.nbytes // 2 <= MOST_COPIED
         and 4 * A.n * A.d * A.p * problem.n_outputs >= DEAR
-        and all(_has_ordinary_size(values) for values in (A.X, problem.Y))
+        and all(_has_ordinary_size(values) for values in (features, problem.Y))
     )
 
 

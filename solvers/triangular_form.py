@@ -184,7 +184,7 @@ def triangular_form(problem: GatedReLUProblem) -> TriangularProblem | None:
     F = _cholesky(H) if np.isfinite(H).all() else None
     if F is None:
         return None
-    T = np.zeros((m + 1, problem.n_outputs), order="F")
+    T = np.zeros((m + 1, problem.n_outputs))
     T[:-1] = linalg.solve_triangular(F, Q, trans=1)
     rest = np.einsum("n,nc,nc->c", h, Y, Y) / n - np.einsum("mc,mc->c", T, T)
     T[-1] = np.sqrt(np.maximum(rest, 0))

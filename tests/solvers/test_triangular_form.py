@@ -14,6 +14,7 @@ from cvxdistill.solvers import (
     solve_path,
     triangular_form,
 )
+from cvxdistill.solvers.solver import IterativeSolver
 from cvxdistill.solvers.triangular_form import TriangularProblem, triangular_form_pays
 
 SIZES = {"n": 1500, "d": 4, "p": 6, "c": 8}
@@ -107,15 +108,29 @@ def test_the_optimum_is_that_of_cvxpy(make_problem, solve_with_cvxpy, forms, mon
 
 
 @pytest.mark.parametrize("metric", ["plain", "principal"])
-def test_iterations_are_those_on_the_examples(make_problem, monkeypatch, metric):
+def test_iterations_are_those_on_the_examples(make_problem, metric):
     problem = make_problem(**SIZES, fit_intercept=True)
     alpha = 0.02 * problem.alpha_max()
-    settings = {"tol": 1e-12, "max_iter": 9, "metric": metric}
-    # The first 8 of these in single precision; the last is on the examples.
-    mine = RFISTA(**settings).solve(problem, alpha)
-    other = by_rows(monkeypatch, problem, alpha, **settings)
-    assert mine.n_iter == other.n_iter == 9
-    np.testing.assert_allclose(mine.objective, other.objective, rtol=1e-3)
+    solver = RFISTA(tol=0.0, max_iter=30, metric=metric)
+    mine, other = (
+        IterativeSolver._run(solver, form, alpha, form.zeros(), None)
+        for form in (problem.triangular, problem)
+    )
+    assert mine.n_iter == other.n_iter == 30
+    np.testing.assert_allclose(mine.V, other.V, atol=1e-8 * np.abs(other.V).max())
+    np.testing.assert_allclose(mine.trace.objective, other.trace.objective, rtol=1e-9)
+
+
+def test_dear_ones_begin_in_single_precision(make_problem, forms, monkeypatch):
+    monkeypatch.setattr(fista, "DEAR", 0)
+    problem = make_problem(**SIZES)
+    solution = RFISTA(tol=1e-8).solve(problem, 0.05 * problem.alpha_max())
+    single = forms[0].in_single
+    assert single.dtype == single.Y.dtype == np.float32 and solution.converged
+    huge = make_problem(**SIZES)
+    huge = GatedReLUProblem(1e14 * huge.operator.X, huge.Y, huge.operator.D)
+    assert RFISTA(tol=1e-6).solve(huge, 0.05 * huge.alpha_max()).converged
+    assert "in_single" not in vars(forms[1])
 
 
 def test_examples_in_single_precision_stay_there(make_problem, forms):
