@@ -58,10 +58,11 @@ class FirstOrderStart:
         self._tol, self._time_limit = settings.tol, settings.time_limit
         self._gaps: dict[int, float] = {}  # By iteration.
         p = problem.operator.p
-        usual = max(math.ceil(USUAL_SHARE * p), np.count_nonzero(V.any(axis=(1, 2))))
+        first = math.ceil(USUAL_SHARE * p)
+        usual = max(first, np.count_nonzero(V.any(axis=(1, 2))))
         enough = self._enough(p)
         dear = step_work(problem, usual) >= LEAST_WORK and enough >= 2 * LOOK
-        if not dear and self._enough(usual) < MANY:
+        if not dear and self._enough(first) < MANY:
             return
         solver = RFISTA(
             tol=settings.tol,
