@@ -43,13 +43,14 @@ from cvxdistill.solvers.network import (
     refit_second_layer,
     weights_from_neurons,
 )
+from cvxdistill.solvers.normal_equations import gram_matrix
 from cvxdistill.solvers.path import Path, alpha_grid, solve_path
 from cvxdistill.solvers.polishing import Polishing, PolishingPoint, polish_neurons
 from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.projected_linear import LinearFit, ProjectedRidge
 from cvxdistill.solvers.relu_operator import relu_predictions
 from cvxdistill.solvers.relu_problem import ReLUProblem
-from cvxdistill.solvers.ridge import RidgeNewton, gram_matrix
+from cvxdistill.solvers.ridge import RidgeNewton
 from cvxdistill.solvers.rows import RowSource, RowSubset
 from cvxdistill.solvers.semismooth_newton import SemismoothNewton
 from cvxdistill.solvers.solution import Solution, Trace

@@ -13,9 +13,9 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from cvxdistill.solvers.gated_operator import empty_weights
+from cvxdistill.solvers.normal_equations import gram_matrix
 from cvxdistill.solvers.nystrom import conjugate_gradients, nystrom_approximation
 from cvxdistill.solvers.relu_problem import ReLUProblem
-from cvxdistill.solvers.ridge import gram_matrix
 from cvxdistill.solvers.rows import row_blocks
 
 # The larger side of a matrix to be factored: 0.3 GB, and as much for the factor.

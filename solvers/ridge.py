@@ -11,49 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from cvxdistill.solvers.gated_operator import GatedOperator, empty_weights
+from cvxdistill.solvers.gated_operator import empty_weights
 from cvxdistill.solvers.losses import SquaredLoss
+from cvxdistill.solvers.normal_equations import gram_matrix
 from cvxdistill.solvers.problem import GatedReLUProblem
-from cvxdistill.solvers.rows import row_blocks
 from cvxdistill.solvers.solver import IterativeSolver, State
 
 # The Hessian of this many gated features takes 0.5 GB.
 MOST_FEATURES = 8192
-
-
-def gram_matrix(
-    operator: GatedOperator, *, center: bool = False, weights: np.ndarray | None = None
-) -> np.ndarray:
-    """A^T A / n in float64, of shape (p d, p d), from row blocks of A = [D_1 X, ..., D_p X].
-
-    Parameters
-    ----------
-    operator : GatedOperator
-    center : bool, default=False
-        Subtract the column means of A: what is left when an intercept is minimised over.
-    weights : ndarray of shape (n,), optional
-        Weights of the rows, with mean 1: A^T diag(weights) A / n, and weighted means.
-
-    Returns
-    -------
-    ndarray of shape (p d, p d)
-        Feature i of gate j is row j d + i.
-    """
-    size = operator.p * operator.d
-    gram, mean = np.zeros((size, size)), np.zeros(size)
-    for rows in row_blocks(operator.n, size, np.float64):
-        X = np.asarray(operator.X[rows], dtype=np.float64)
-        if operator.scale is not None:
-            X = X / operator.scale
-        features = (operator.D[rows][:, :, None] * X[:, None, :]).reshape(len(X), size)
-        weighted = features if weights is None else features * weights[rows, None]
-        gram += features.T @ weighted
-        mean += weighted.sum(axis=0)
-    gram /= operator.n
-    if center:
-        mean /= operator.n
-        gram -= np.outer(mean, mean)
-    return gram
 
 
 @dataclass

@@ -23,7 +23,6 @@ import numpy as np
 from scipy import linalg
 
 from cvxdistill.solvers.average_loss import AverageLoss
-from cvxdistill.solvers.feature_columns import GatedColumns
 from cvxdistill.solvers.gated_operator import (
     OVERHEAD,
     SMALLEST_PARALLEL_WORK,
@@ -32,6 +31,7 @@ from cvxdistill.solvers.gated_operator import (
     products_work,
 )
 from cvxdistill.solvers.losses import SquaredLoss
+from cvxdistill.solvers.normal_equations import normal_equations
 from cvxdistill.solvers.penalties import Regularizer
 from cvxdistill.solvers.principal_metric import has_principal_metric
 from cvxdistill.solvers.problem import ConvexProblem, GatedReLUProblem
@@ -168,25 +168,17 @@ def triangular_form(problem: GatedReLUProblem) -> TriangularProblem | None:
         If rows of X are not finite.
     """
     A = problem.operator
-    n, m = A.n, A.p * A.d
+    m = A.p * A.d
     Y, h = problem.Y.astype(np.float64), problem.loss.weights
-    if h is None:
-        h = np.ones(n)
     if problem.fit_intercept:
-        Y -= h @ Y / n
-    every = np.arange(m)
-    _, H, Q, mean = GatedColumns(A).moments(every[:0], every, h, Y * h[:, None])
-    if problem.fit_intercept:
-        for row, own in zip(H, mean / n, strict=True):
-            row -= own * mean
-    H /= n
-    Q /= n
+        Y -= np.average(Y, axis=0, weights=h)
+    H, Q = normal_equations(A, Y, center=problem.fit_intercept, weights=h)
     F = _cholesky(H) if np.isfinite(H).all() else None
     if F is None:
         return None
     T = np.zeros((m + 1, problem.n_outputs))
     T[:-1] = linalg.solve_triangular(F, Q, trans=1)
-    rest = np.einsum("n,nc,nc->c", h, Y, Y) / n - np.einsum("mc,mc->c", T, T)
+    rest = np.average(Y * Y, axis=0, weights=h) - np.einsum("mc,mc->c", T, T)
     T[-1] = np.sqrt(np.maximum(rest, 0))
     # Losses are means over rows, of which there are now m + 1.
     root = np.sqrt(m + 1)

@@ -84,24 +84,6 @@ def test_one_always_on_gate_is_plain_ridge():
     np.testing.assert_allclose(solution.V[0], ridge.coef_.T, atol=1e-8)
 
 
-@pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_gram_matrix_in_blocks_is_that_of_the_explicit_matrix(
-    make_problem, gated_matrix, rows_only, monkeypatch, center, weighted
-):
-    monkeypatch.setattr("cvxdistill.solvers.rows.BLOCK_BYTES", 1)
-    monkeypatch.setattr("cvxdistill.solvers.rows.SMALLEST_BLOCK", 7)
-    plain = make_problem(dtype=np.float32)
-    X, D = plain.operator.X, plain.operator.D
-    problem = GatedReLUProblem(rows_only(X), plain.Y, D)
-    A = gated_matrix(X.astype(float), D)
-    w = np.random.default_rng(0).uniform(0.2, 3, len(A)) if weighted else np.ones(len(A))
-    w /= w.mean()
-    expected = np.cov(A.T, bias=True, aweights=w) if center else (w * A.T) @ A / len(A)
-    options = {"center": center, "weights": w if weighted else None}
-    np.testing.assert_allclose(gram_matrix(problem.operator, **options), expected, atol=1e-12)
-
-
 def test_a_shared_gram_matrix_gives_the_same_solution(make_problem):
     problem = make_problem(penalty="ridge", fit_intercept=True)
     gram = gram_matrix(problem.operator, center=True)
