@@ -180,10 +180,9 @@ def test_features_that_depend_on_each_other_are_no_obstacle(make_problem, forms,
     problem = GatedReLUProblem(X, problem.Y, D, fit_intercept=True)
     alpha = 0.05 * problem.alpha_max()
     solution = RFISTA(tol=1e-4).solve(problem, alpha)
-    assert len(forms) == 1
+    assert len(forms) == 1 and solution.converged
     own = problem.objective(solution.V, solution.intercept, alpha)
-    assert duality_gap(problem, solution.V, alpha) <= 3e-4 * own or not solution.converged
-    assert solution.converged or offset
+    assert duality_gap(problem, solution.V, alpha) <= 3e-4 * own
 
 
 def test_a_matrix_without_a_factor_gets_a_larger_diagonal(monkeypatch):
