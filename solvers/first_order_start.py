@@ -16,8 +16,9 @@ from cvxdistill.solvers.solver import Callback, Progress, Solver
 # Operations of one of Newton's steps, for such a share of the gates, from which on it is dear; or
 # as many iterations cost no more than Newton's method.
 LEAST_WORK, USUAL_SHARE, MANY = 2.5e9, 0.2, 400
-# Newton's steps that will be needed, about, and iterations between two looks.
-USUAL_STEPS, LOOK = 20, 20
+# Newton's steps that will be needed, about; iterations between two looks, and operations that looks
+# add to an iteration.
+USUAL_STEPS, LOOK, LOOKING = 20, 20, 1e7
 
 
 class FirstOrderStart:
@@ -90,7 +91,8 @@ class FirstOrderStart:
 
     def _enough(self, gates: int) -> int:
         """Iterations that cost as much as Newton's method with so many gates that are not zero."""
-        return int(USUAL_STEPS * step_work(self.problem, gates) / iteration_work(self.problem))
+        iteration = iteration_work(self.problem) + LOOKING
+        return int(USUAL_STEPS * step_work(self.problem, gates) / iteration)
 
     def _is_late(self, gates: int) -> bool:
         if len(self._gaps) < 3:
