@@ -248,6 +248,13 @@ def test_newtons_method_leaves_many_outputs_to_it(make_problem, forms):
     assert solution.n_iter == RFISTA(tol=1e-6).solve(problem, alpha).n_iter
 
 
+def test_few_outputs_are_left_to_newtons_method(make_problem, forms):
+    problem = make_problem(n=4000, d=4, p=6, c=3)
+    assert triangular_form_pays(problem)
+    solution = choose_solver(problem, tol=1e-6).solve(problem, 0.05 * problem.alpha_max())
+    assert solution.converged and forms == []
+
+
 def test_it_is_for_squared_loss_and_many_more_examples_than_features(make_problem):
     assert triangular_form_pays(make_problem(**SIZES))
     assert not triangular_form_pays(make_problem(**SIZES, loss="huber"))
