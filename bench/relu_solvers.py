@@ -230,7 +230,7 @@ def main(tables: str | None, limit: float, peer_limit: float, auto_only: bool) -
     CACHE.mkdir(parents=True, exist_ok=True)
     RESULTS.parent.mkdir(exist_ok=True)
     output = RESULTS if everything else CACHE / "subset"
-    unfinished = CACHE / "unfinished.csv"
+    unfinished = CACHE / f"unfinished{'-auto' * auto_only}.csv"
     machine = describe_machine("numpy", "numba", "cvxdistill")
     print(f"{machine}, {THREADS} threads", flush=True)
     done = (

@@ -13,8 +13,8 @@ from cvxdistill.solvers.problem import GatedReLUProblem
 from cvxdistill.solvers.solution import Solution
 from cvxdistill.solvers.solver import Callback, Progress, Solver
 
-# Operations of one of Newton's steps, for such a share of the gates, from which on it is dear; or
-# as many iterations cost no more than Newton's method.
+# R-FISTA goes first where one of Newton's steps, with such a share of the gates, takes so many
+# operations; or where so many iterations cost no more than all of these steps.
 LEAST_WORK, USUAL_SHARE, MANY = 2.5e9, 0.2, 400
 # Newton's steps that will be needed, about; iterations between two looks, and operations that looks
 # add to an iteration.

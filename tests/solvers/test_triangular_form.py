@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import pytest
 
@@ -33,7 +35,7 @@ def forms(monkeypatch):
     """The forms that were made."""
     seen = []
     make = GatedReLUProblem.triangular.func
-    remember = triangular_form.cached_property(lambda self: seen.append(make(self)) or seen[-1])
+    remember = cached_property(lambda self: seen.append(make(self)) or seen[-1])
     remember.__set_name__(GatedReLUProblem, "triangular")
     monkeypatch.setattr(GatedReLUProblem, "triangular", remember)
     return seen
@@ -242,8 +244,7 @@ def test_a_path_makes_the_sums_once(make_problem, forms):
 def test_newtons_method_leaves_many_outputs_to_it(make_problem, forms):
     problem = make_problem(n=1500, d=4, p=6, c=40)
     alpha = 0.05 * problem.alpha_max()
-    seen = []
-    solution = choose_solver(problem, tol=1e-6).solve(problem, alpha, callback=seen.append)
+    solution = choose_solver(problem, tol=1e-6).solve(problem, alpha)
     assert len(forms) == 1 and solution.converged
     assert solution.n_iter == RFISTA(tol=1e-6).solve(problem, alpha).n_iter
 
